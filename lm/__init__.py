@@ -1,0 +1,43 @@
+"""Language models: the transformer, its data, training and generation. Knows neither devices nor qubits."""
+
+from __future__ import annotations
+
+from lm import checkpoint
+from lm.data import Batch, Corpus, load_corpus
+from lm.errors import CheckpointError, DataError, LMError, NonFiniteError, SettingError
+from lm.generate import generate
+from lm.model import Context, ModelConfig, Residual, Transformer, loss
+from lm.ngram import ngram_floor
+from lm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from lm.train import Step, TrainConfig, TrainState, autograd_step, evaluate, learning_rate, start_training, train
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "CheckpointError",
+    "Context",
+    "Corpus",
+    "DataError",
+    "LMError",
+    "ModelConfig",
+    "NonFiniteError",
+    "Residual",
+    "SettingError",
+    "Step",
+    "Tokenizer",
+    "TrainConfig",
+    "TrainState",
+    "Transformer",
+    "autograd_step",
+    "checkpoint",
+    "evaluate",
+    "generate",
+    "learning_rate",
+    "load_corpus",
+    "loss",
+    "ngram_floor",
+    "start_training",
+    "tokenizer_from_json",
+    "train",
+]
