@@ -1,0 +1,101 @@
+"""What layers cost on devices: the table that profiling fills and the planner reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Time of one layer for one micro-batch on one device.
+
+    Attributes:
+        forward_s: median of a forward pass [s], without the fixed cost of entering a stage.
+        backward_s: median of a backward pass [s], likewise.
+        error: half width of the relative interval around both (0.1: +-10 %), from the spread of the repetitions.
+        source: `profiled`, `roofline` or `given`.
+    """
+
+    forward_s: float
+    backward_s: float
+    error: float
+    source: str
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer of the chain.
+
+    Attributes:
+        name: the layer's name in `model.layers()`.
+        apis: runtimes that can execute it; None: any but those that only run what names them.
+        parameter_bytes: parameters that the layer owns [B].
+        trainable_bytes: the part of them that gets gradients and optimizer state [B].
+        output_bytes: activation handed to the next layer for one micro-batch [B].
+        saved_bytes: activations kept for the backward pass of one micro-batch [B].
+        flops: of a forward pass of one micro-batch [FLOP].
+        times: device name -> time; a device that is missing can't run the layer.
+    """
+
+    name: str
+    apis: tuple[str, ...] | None
+    parameter_bytes: int
+    trainable_bytes: int
+    output_bytes: int
+    saved_bytes: int
+    flops: float
+    times: dict[str, LayerTime]
+
+
+@dataclass(frozen=True)
+class StageOverhead:
+    """Fixed time of one call of a stage on a device, however many layers it holds [s]; forward and backward."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a chain of layers for one micro-batch.
+
+    Attributes:
+        layers: in execution order.
+        n_microbatches: the number of micro-batches a step is cut into; all figures are for one of them.
+        overheads: device name -> fixed time of a stage's call.
+        transfers: `"a->b"` -> (latency [s], bandwidth [B/s]) between devices; missing: from the topology.
+        optimizer_factor: bytes of gradients and optimizer state per byte of trainable parameter (AdamW: 3).
+    """
+
+    layers: tuple[LayerCost, ...]
+    n_microbatches: int
+    overheads: dict[str, StageOverhead] = field(default_factory=dict)
+    transfers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    optimizer_factor: float = 3.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Costs:
+        """The inverse of `to_json`."""
+        layers = tuple(
+            LayerCost(
+                **{
+                    **layer,
+                    "apis": None if layer["apis"] is None else tuple(layer["apis"]),
+                    "times": {device: LayerTime(**time) for device, time in layer["times"].items()},
+                }
+            )
+            for layer in data["layers"]
+        )
+        return cls(
+            layers=layers,
+            n_microbatches=data["n_microbatches"],
+            overheads={device: StageOverhead(**value) for device, value in data["overheads"].items()},
+            transfers={key: (value[0], value[1]) for key, value in data["transfers"].items()},
+            optimizer_factor=data["optimizer_factor"],
+        )

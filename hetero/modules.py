@@ -1,0 +1,101 @@
+"""What a layer says about itself: where it can run, what it costs, and which other layers are built alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hetero.backends import Context
+    from hetero.device import Device
+
+
+def apis_of(module: nn.Module) -> frozenset[str] | None:
+    """Runtimes that can execute all of the module's parts: what those with `device_apis` have in common.
+
+    Returns:
+        None where no part names any: plain torch, for any runtime but those that only run what names them.
+    """
+    named = [frozenset(apis) for part in module.modules() if (apis := getattr(part, "device_apis", None)) is not None]
+    return frozenset.intersection(*named) if named else None
+
+
+def can_run(module: nn.Module, device: Device) -> bool:
+    """Whether the device's runtime executes the module; a quantum device only runs what names its runtime."""
+    apis = apis_of(module)
+    return device.kind != "qpu" if apis is None else device.api in apis
+
+
+def stated_cost(module: nn.Module, api: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the outermost part that has `layer_cost(api, shape)` answers; empty where none has."""
+    for part in module.modules():
+        layer_cost: Callable[..., dict[str, Any]] | None = getattr(part, "layer_cost", None)
+        if layer_cost is not None:
+            return layer_cost(api, shape)
+    return {}
+
+
+def forward_flops(module: nn.Module, x: Tensor, context: Context) -> float:
+    """Floating-point operations of a forward pass [FLOP].
+
+    The first that is there: the module's own `flops(shape)`; its stated cost; what torch's counter finds (matrix
+    products and attention).
+    """
+    own: Callable[[tuple[int, ...]], float] | None = getattr(module, "flops", None)
+    if own is not None:
+        return float(own(tuple(x.shape)))
+    if stated := next((f for api in sorted(apis_of(module) or ()) if (f := _stated_flops(module, api, x))), None):
+        return stated
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x, context)
+    return float(counter.get_total_flops())
+
+
+def _stated_flops(module: nn.Module, api: str, x: Tensor) -> float | None:
+    return stated_cost(module, api, tuple(x.shape)).get("flops")
+
+
+def saved_bytes(module: nn.Module, x: Tensor, context: Context) -> int:
+    """Memory that torch's autograd keeps for the backward pass beside the parameters [B]; runs a forward pass."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = x.detach().requires_grad_(x.is_floating_point())
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x, context)  # bound to a name: the graph, and with it what is kept, must live until the sum
+        total = sum(kept.values())
+    del y
+    return total
+
+
+def signature(module: nn.Module) -> list[Any]:
+    """Equal for modules that are built alike, whatever their weights: classes, shapes, settings."""
+    return [
+        [
+            name,
+            f"{type(part).__module__}.{type(part).__qualname__}",
+            [(k, list(t.shape), str(t.dtype), t.requires_grad) for k, t in part.named_parameters(recurse=False)],
+            [(k, list(t.shape), str(t.dtype)) for k, t in part.named_buffers(recurse=False)],
+            sorted((k, repr(v)) for k, v in vars(part).items() if not k.startswith("_") and _is_setting(v)),
+        ]
+        for name, part in module.named_modules()
+    ]
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_setting(item) for item in value)
+    parameters: Any = getattr(type(value), "__dataclass_params__", None)
+    is_frozen = parameters is not None and bool(parameters.frozen)
+    return value is None or is_frozen or isinstance(value, (bool, int, float, str, torch.dtype))

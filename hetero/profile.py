@@ -1,0 +1,141 @@
+"""What each layer costs on each device: measured where there is one, by the roofline where there is only a data sheet.
+
+Layers run as they will run in a step: through `Stage`, in a thread pinned to the device's cores, with all slots of a
+step filled before the first backward pass, on activations that the model itself has made.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hetero import cache
+from hetero.cost import Costs, LayerCost, LayerTime, StageOverhead
+from hetero.modules import apis_of, can_run, forward_flops, saved_bytes, signature
+from hetero.roofline import roofline
+from hetero.runtime.calibration import Layer, add_slowdown, on_device
+from hetero.runtime.measurement import handover_s
+from hetero.runtime.pipeline import Batch, split
+from hetero.runtime.stage import TARGETS, Loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hetero.topology import Topology
+
+ZERO_COPY_BANDWIDTH = 1e18
+"""Stands for "nothing is copied" [B/s]: large enough that no activation's size shows in a time, and legal JSON."""
+
+
+def profile(
+    layers: Sequence[tuple[str, nn.Module]],
+    batch: Batch,
+    topology: Topology,
+    *,
+    n_microbatches: int = 8,
+    loss: Loss | None = None,
+    refresh: bool = False,
+) -> Costs:
+    """Time and memory of each layer on each device that can run it, for one micro-batch.
+
+    Times are medians over rounds of `n_microbatches` passes; their error is half of the range between the rounds' 10th
+    and 90th percentile, relative to the median. A stage's fixed time has two parts: what a call costs beside its
+    layers, and what the layers lose when the other devices work at the same time (shared caches, memory and Python's
+    lock). All of it is stored on disk by structure, shapes, devices, drivers and versions: it is measured once.
+
+    Saved bytes are what torch's autograd keeps on the host; on other devices they are an estimate.
+
+    Args:
+        layers: of the chain, each called `module(x, context) -> x`.
+        batch: B rows, of which one micro-batch is used.
+        topology: of the devices; simulated ones are priced by the roofline.
+        n_microbatches: parts a step is cut into.
+        loss: (output, targets) -> mean; the last layer's times include it. None: they don't.
+        refresh: measure again what is stored.
+
+    Raises:
+        DeviceError: a device's runtime is unusable, or a simulated device lacks the figures for a roofline.
+    """
+    copies = [(name, copy.deepcopy(module)) for name, module in layers]  # theirs: gradients, counters, the device
+    chain = _prepare(copies, batch, n_microbatches, loss)
+    costs = [_cost(layer) for layer in chain]
+    times: dict[str, dict[str, LayerTime]] = {}
+    overheads: dict[str, StageOverhead] = {}
+    for device in topology.devices:
+        usable = [layer for layer in chain if can_run(layer.module, device)]
+        if device.simulated:
+            times[device.name] = {
+                layer.name: roofline(layer.module, layer.x, layer.output_bytes, device) for layer in usable
+            }
+        elif usable:
+            times[device.name], overheads[device.name] = on_device(chain, device, n_microbatches, refresh=refresh)
+    overheads = add_slowdown(overheads, times, chain, topology, n_microbatches, refresh=refresh)
+    return Costs(
+        layers=tuple(_with_times(cost, times) for cost in costs),
+        n_microbatches=n_microbatches,
+        overheads=overheads,
+        transfers=_transfers(topology, chain, refresh=refresh),
+    )
+
+
+def _prepare(
+    layers: Sequence[tuple[str, nn.Module]], batch: Batch, n_microbatches: int, loss: Loss | None
+) -> list[Layer]:
+    """Run one micro-batch through the chain on the host and note each layer's input."""
+    part = split(batch, n_microbatches)[0]
+    x, chain = part.inputs, []
+    plain = {key: value for key, value in part.context.items() if key != TARGETS}
+    for i, (name, module) in enumerate(layers):
+        layer_loss = loss if i == len(layers) - 1 else None
+        context = plain if layer_loss is None else part.context
+        with torch.no_grad():
+            y = module(x, plain)
+        shapes = [list(x.shape), str(x.dtype), sorted((k, list(v.shape), str(v.dtype)) for k, v in context.items())]
+        key = cache.key(signature(module), shapes, n_microbatches, _name(layer_loss))
+        chain.append(Layer(name, module, key, x, y.numel() * y.element_size(), context, layer_loss))
+        x = y
+    return chain
+
+
+def _name(loss: Loss | None) -> str:
+    return "" if loss is None else f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+
+
+def _cost(layer: Layer) -> LayerCost:
+    apis = apis_of(layer.module)
+    parameters = list(layer.module.parameters())
+    return LayerCost(
+        name=layer.name,
+        apis=None if apis is None else tuple(sorted(apis)),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
+        output_bytes=layer.output_bytes,
+        saved_bytes=saved_bytes(layer.module, layer.x, layer.context),
+        flops=forward_flops(layer.module, layer.x, layer.context),
+        times={},
+    )
+
+
+def _with_times(cost: LayerCost, times: dict[str, dict[str, LayerTime]]) -> LayerCost:
+    return dataclasses.replace(cost, times={name: own[cost.name] for name, own in times.items() if cost.name in own})
+
+
+def _transfers(topology: Topology, chain: list[Layer], *, refresh: bool) -> dict[str, tuple[float, float]]:
+    """(latency [s], bandwidth [B/s]) between real devices; the links of simulated ones are the topology's."""
+    real = [device for device in topology.devices if not device.simulated]
+    result: dict[str, tuple[float, float]] = {}
+    for source in real:
+        for target in real:
+            if source.name == target.name or source.overlaps(target):
+                continue
+            name = cache.key("transfer", [(d.name, d.cores, d.driver) for d in (source, target)], torch.__version__)
+            stored = None if refresh else cache.read("profile", name)
+            if stored is None:
+                stored = handover_s(source, target, chain[0].output_bytes)
+                cache.write("profile", name, stored)
+            result[f"{source.name}->{target.name}"] = (stored[0], stored[1] or ZERO_COPY_BANDWIDTH)
+    return result
