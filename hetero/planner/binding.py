@@ -1,0 +1,86 @@
+"""What keeps a plan from being faster, and what would relieve it, in words and by pricing again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from hetero.planner.chain import Solution, solve
+from hetero.planner.evaluate import Evaluation, evaluate
+from hetero.planner.words import seconds
+
+if TYPE_CHECKING:
+    from hetero.cost import Costs
+    from hetero.planner.problem import Problem
+    from hetero.topology import Topology
+
+_FASTER = 0.9
+
+
+def binding_constraint(
+    problem: Problem, solution: Solution, evaluation: Evaluation, costs: Costs, topology: Topology
+) -> str:
+    """The limit that a faster plan would have to relieve.
+
+    A memory limit, where the optimum without any would be faster; otherwise the busiest core, or the slowest hand-over.
+    """
+    return _memory(problem, solution) or _core(problem, evaluation, costs, topology)
+
+
+def _memory(problem: Problem, solution: Solution) -> str:
+    total = int(problem.nbytes.sum())
+    if total <= min([int(problem.limits.min()), *(pool.limit for pool in problem.pools)]):
+        return ""
+    boundless = solve(problem.without_memory_limits(), time_limit_s=max(1.0, solution.seconds))
+    if boundless.value >= solution.value * (1 - 1e-9):
+        return ""
+    filled = dict.fromkeys(range(len(problem.devices)), 0)
+    for device, first, last in solution.stages:
+        filled[problem.devices.index(device)] += int(problem.nbytes[first : last + 1].sum())
+    places = [(problem.devices[d], filled[d], int(problem.limits[d])) for d in filled if filled[d]]
+    places += [(f"pool {p.name}", sum(filled[d] for d in p.members), p.limit) for p in problem.pools]
+    name, used, limit = max(places, key=lambda place: place[1] / max(place[2], 1))
+    return (
+        f"memory: {name} is the fullest, with {used} of {limit} B; with boundless memory the best plan would take "
+        f"{seconds(boundless.value)} instead of {seconds(solution.value)}"
+    )
+
+
+def _core(problem: Problem, evaluation: Evaluation, costs: Costs, topology: Topology) -> str:
+    if problem.objective == "latency":
+        slowest = max(evaluation.stages, key=lambda stage: stage.forward_s)
+        return f"compute: the stage on {slowest.device} takes longest" + _relief(
+            [slowest.device], evaluation, costs, topology, problem
+        )
+    if not evaluation.busiest:
+        slowest_hop = max(evaluation.transfers, key=lambda transfer: transfer.seconds)
+        return f"hand-over: {slowest_hop.source} -> {slowest_hop.target} is slower than every stage"
+    crew = list(evaluation.busiest)
+    what = f"{crew[0]} is the busiest device" if len(crew) == 1 else f"{' and '.join(crew)} share the busiest core"
+    return f"compute: {what}" + _relief(crew, evaluation, costs, topology, problem)
+
+
+def _relief(crew: list[str], evaluation: Evaluation, costs: Costs, topology: Topology, problem: Problem) -> str:
+    stages = [(stage.device, stage.first, stage.last) for stage in evaluation.stages]
+    faster = evaluate(stages, _scaled(costs, crew), topology, problem.objective).value
+    text = f"; with its layers 10 % faster this placement would take {seconds(faster)}"
+    if len(crew) > 1:
+        apart = dataclasses.replace(
+            topology, devices=tuple(dataclasses.replace(device, cores=()) for device in topology.devices)
+        )
+        text += f", with cores of their own {seconds(evaluate(stages, costs, apart, problem.objective).value)}"
+    return text + f" instead of {seconds(evaluation.value)}"
+
+
+def _scaled(costs: Costs, devices: list[str]) -> Costs:
+    layers = []
+    for layer in costs.layers:
+        times = dict(layer.times)
+        for name in devices:
+            if name in times:
+                time = times[name]
+                times[name] = dataclasses.replace(
+                    time, forward_s=_FASTER * time.forward_s, backward_s=_FASTER * time.backward_s
+                )
+        layers.append(dataclasses.replace(layer, times=times))
+    return dataclasses.replace(costs, layers=tuple(layers))

@@ -1,0 +1,157 @@
+"""A plan in words and in characters, for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetero.planner.words import nbytes, seconds
+from hetero.schedule import BACKWARD, FORWARD, Schedule, simulate, simulate_stages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hetero.planner.plan import Alternative, Plan
+    from hetero.topology import Topology
+
+_OBJECTIVES = {
+    "latency": "time of one micro-batch, forwards through all stages",
+    "throughput": "time from one micro-batch to the next, forwards",
+    "train_step": "forward and backward of a step",
+}
+_PROOFS = {
+    "optimal": "proven: no placement of the kind searched is faster",
+    "bounded": "the search ran out of time; the bound is proven",
+    "heuristic": "no bound: the placement was given, not searched for",
+}
+
+
+def explain(plan: Plan) -> str:
+    """The plan in words: value, bound, gap, proof, binding constraint and what the alternatives would cost."""
+    low, high = plan.interval_s
+    lines = [
+        f"{_OBJECTIVES[plan.objective]}, {plan.n_microbatches} micro-batches, {plan.schedule}",
+        f"  predicted    {seconds(plan.value)}  (expected within {seconds(low)} to {seconds(high)})",
+        f"  lower bound  {seconds(plan.lower_bound)}, gap {100 * plan.gap:.2f} %: {plan.proof} ({_PROOFS[plan.proof]})",
+        f"  solver       {plan.solver}, {seconds(plan.seconds)}",
+        f"  binding      {plan.binding_constraint}",
+        "",
+        *_stage_table(plan),
+    ]
+    if plan.alternatives:
+        lines += ["", *_alternative_table(plan), *_faster_alternatives(plan)]
+    return "\n".join(lines)
+
+
+def draw(plan: Plan, topology: Topology | None = None, *, width: int = 72) -> str:
+    """The plan as a picture: which device runs which layers, and the schedule of a step.
+
+    Args:
+        plan: to be drawn.
+        topology: says which devices share cores; without it the schedule is that of devices that share nothing.
+        width: of the picture in columns, without the device names.
+    """
+    return "\n".join([*_chain(plan, width), "", *_gantt(plan, topology, width)])
+
+
+def _stage_table(plan: Plan) -> list[str]:
+    m = 1 if plan.objective == "latency" else plan.n_microbatches
+    rows = [["stage", "device", "layers", "forward", "backward", "+-", "busy", "memory"]]
+    for k, stage in enumerate(plan.stages):
+        work = stage.forward_s + (stage.backward_s if plan.objective == "train_step" else 0.0)
+        whole = plan.value if plan.objective != "throughput" else plan.value * m
+        busy = f"{100 * m * work / whole:.0f} %" if whole else "-"
+        times = [seconds(stage.forward_s), seconds(stage.backward_s), f"{100 * stage.error:.0f} %"]
+        rows.append([str(k), stage.device, _span(stage.layers), *times, busy, nbytes(stage.memory_bytes)])
+    return _table(rows)
+
+
+def _alternative_table(plan: Plan) -> list[str]:
+    rows = [["alternative", "value", "against the plan", "placement"]]
+    for other in plan.alternatives:
+        if other.value is None:
+            rows.append([other.name, "-", "not possible", other.reason])
+        else:
+            rows.append([other.name, seconds(other.value), _against(other.value, plan.value), _placement(other)])
+    return _table(rows)
+
+
+def _faster_alternatives(plan: Plan) -> list[str]:
+    """A note where a placement outside the planner's search is faster: one that gives a device several stages."""
+    faster = [other for other in plan.alternatives if other.value is not None and other.value < plan.value]
+    reason = "it gives a device several runs of layers, searched with contiguous=False only"
+    return [f"note: {other.name} is faster: {reason}" for other in faster]
+
+
+def _against(value: float, best: float) -> str:
+    """How much slower an alternative is; several times as slow as a factor."""
+    if not best:
+        return "-"
+    ratio = value / best
+    return f"{ratio:.2f} x" if ratio >= 2 else f"{100 * (ratio - 1):+.1f} %"
+
+
+def _placement(other: Alternative) -> str:
+    return ", ".join(
+        f"{device} {first}-{last}" if last > first else f"{device} {first}" for device, first, last in other.stages
+    )
+
+
+def _span(layers: Sequence[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]} ({len(layers)})"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _chain(plan: Plan, width: int) -> list[str]:
+    """One row for each device; a column (or more) for each layer, in order."""
+    n_layers = plan.stages[-1].last + 1
+    cell = max(1, min(3, width // n_layers))
+    devices = list(dict.fromkeys(stage.device for stage in plan.stages))
+    margin = max(len(device) for device in devices)
+    numbers = "".join(str(i).rjust(cell) if i % _every(n_layers, cell) == 0 else " " * cell for i in range(n_layers))
+    lines = [f"{'layer'.ljust(margin)} {numbers}"]
+    for device in devices:
+        inside = {i for stage in plan.stages if stage.device == device for i in range(stage.first, stage.last + 1)}
+        lines.append(
+            f"{device.ljust(margin)} " + "".join(("█" if i in inside else "·") * cell for i in range(n_layers))
+        )
+    return lines
+
+
+def _every(n_layers: int, cell: int) -> int:
+    """Every how many layers a number fits into the columns."""
+    return 1 if cell > len(str(n_layers - 1)) else 1 + len(str(n_layers)) // cell * 2
+
+
+def _gantt(plan: Plan, topology: Topology | None, width: int) -> list[str]:
+    """The schedule: each device's share of forward (▓) and backward (░) work in each column's time."""
+    schedule = _schedule(plan, topology)
+    if not schedule.makespan_s:
+        return []
+    devices = list(dict.fromkeys(stage.device for stage in plan.stages))
+    margin = max(len(device) for device in devices)
+    column = schedule.makespan_s / width
+    lines = []
+    for device in devices:
+        events = [event for event in schedule.events if event.device == device]
+        line = ""
+        for k in range(width):
+            middle = (k + 0.5) * column
+            phase = next((e.phase for e in events if e.start_s <= middle < e.end_s), "")
+            line += {FORWARD: "▓", BACKWARD: "░"}.get(phase, " ")
+        lines.append(f"{device.ljust(margin)} {line}".rstrip())
+    end = seconds(schedule.makespan_s)
+    lines.append(f"{' ' * margin} 0{end.rjust(width - 1)}")
+    return [*lines, f"{' ' * margin} ▓ forward  ░ backward, simulated"]
+
+
+def _schedule(plan: Plan, topology: Topology | None) -> Schedule:
+    if topology is not None:
+        return simulate(plan, topology)
+    transfers = [transfer.seconds for transfer in plan.transfers]
+    backward = plan.objective == "train_step"
+    m = 1 if plan.objective == "latency" else plan.n_microbatches
+    return simulate_stages(plan.stages, transfers, {}, m, schedule=plan.schedule, backward=backward)

@@ -1,0 +1,124 @@
+"""A plan: which device runs which layers, what that should cost, and how sure the planner is."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """Consecutive layers on one device; times are predicted, for one micro-batch.
+
+    Attributes:
+        device: name of the device.
+        first: index of the first layer.
+        last: index of the last layer, inclusive.
+        layers: names of the layers.
+        forward_s: [s].
+        backward_s: [s].
+        error: half width of the relative interval of the times.
+        memory_bytes: parameters, gradients, optimizer state and activations in flight [B].
+    """
+
+    device: str
+    first: int
+    last: int
+    layers: tuple[str, ...]
+    forward_s: float
+    backward_s: float
+    error: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanTransfer:
+    """Hand-over of one micro-batch's activation from a stage to the next one (and of its gradient back)."""
+
+    source: str
+    target: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to place the layers, for comparison.
+
+    Attributes:
+        name: for example `cpu alone`.
+        stages: (device, first, last) of each stage; empty where there is none.
+        value: predicted objective [s]; None: not possible.
+        reason: why it is not possible; empty otherwise.
+    """
+
+    name: str
+    stages: tuple[tuple[str, int, int], ...]
+    value: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement of a chain of layers with its predicted cost and the proof of its quality.
+
+    Attributes:
+        stages: in execution order.
+        n_microbatches: micro-batches of a step.
+        objective: `latency`, `throughput` or `train_step`.
+        schedule: `gpipe`: all forward passes, then all backward passes.
+        value: the objective [s]: train_step is the time of forward and backward of a whole step.
+        lower_bound: no placement can be faster than this [s].
+        gap: (value - lower_bound) / value.
+        proof: `optimal`, `bounded` or `heuristic`.
+        solver: what found the plan.
+        seconds: time of the search [s].
+        binding_constraint: the stage or limit that a faster plan would have to relieve, in words.
+        interval_s: (low, high): where the measured value is expected, from the error of the costs [s].
+        transfers: one for each pair of consecutive stages.
+        alternatives: what else was priced.
+        inputs_hash: SHA-256 of costs, topology and objective.
+    """
+
+    stages: tuple[PlanStage, ...]
+    n_microbatches: int
+    objective: str
+    schedule: str
+    value: float
+    lower_bound: float
+    gap: float
+    proof: str
+    solver: str
+    seconds: float
+    binding_constraint: str
+    interval_s: tuple[float, float]
+    transfers: tuple[PlanTransfer, ...]
+    alternatives: tuple[Alternative, ...]
+    inputs_hash: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls(
+            **{
+                **data,
+                "stages": tuple(PlanStage(**{**stage, "layers": tuple(stage["layers"])}) for stage in data["stages"]),
+                "interval_s": (data["interval_s"][0], data["interval_s"][1]),
+                "transfers": tuple(PlanTransfer(**transfer) for transfer in data["transfers"]),
+                "alternatives": tuple(
+                    Alternative(**{**other, "stages": tuple((d, i, j) for d, i, j in other["stages"])})
+                    for other in data["alternatives"]
+                ),
+            }
+        )
+
+    def explain(self) -> str:
+        """The plan in words: value, bound, gap, proof, binding constraint and what the alternatives would cost."""
+        from hetero.planner.explain import explain
+
+        return explain(self)
