@@ -1,0 +1,251 @@
+"""torch.compile for OpenCL devices: `torch.compile(module, backend="opencl", options={"device": "opencl:0"})`.
+
+Options:
+    device: name of an OpenCL device; `opencl:0` unless given.
+    fallback: None, the default: an operation without kernel is an error. "cpu": it runs on the host, is logged, and is
+        listed by `fallbacks`.
+
+Nothing runs anywhere else in silence. A graph break or a function that torch.compile gives up compiling after too many
+recompilations would leave parts to eager PyTorch: both are errors. For the second there is only a switch of
+torch._dynamo for all backends of the process (`fail_on_recompile_limit_hit`); set when this backend first compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import threading
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from hetero.errors import HeteroError
+from hetero.opencl.errors import CompileError
+from hetero.opencl.expressions import RULES
+from hetero.opencl.graph import CompiledGraph, fallbacks
+from hetero.opencl.lower_ops import HANDLERS
+from hetero.opencl.program import open_device
+from hetero.opencl.steps import VIEW_OPS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch.fx import GraphModule
+
+__all__ = ["CompiledModule", "Options", "compile_module", "fallbacks", "opencl"]
+
+_ALL = 1 << 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend, checked."""
+
+    device: str
+    fallback: str | None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Check what the user passed.
+
+        Raises:
+            CompileError: an unknown option or value.
+        """
+        given = dict(options or {})
+        device, fallback = given.pop("device", "opencl:0"), given.pop("fallback", None)
+        if given:
+            raise CompileError(
+                "unknown options of the opencl backend", found=", ".join(map(repr, given)), expected="device, fallback"
+            )
+        if not isinstance(device, str) or fallback not in (None, "cpu"):
+            raise CompileError(
+                "bad options of the opencl backend",
+                found=f"device={device!r}, fallback={fallback!r}",
+                expected='a device name as in "opencl:0.1", and None or "cpu"',
+            )
+        return cls(device, fallback)
+
+
+def opencl(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    owner: str = "",
+) -> Callable[..., Any]:
+    """The backend function: compiles one graph of TorchDynamo with AOTAutograd for an OpenCL device.
+
+    `owner` names who the graph's fallbacks are listed for; torch.compile doesn't pass it.
+
+    Raises:
+        CompileError: a partial graph (there was a graph break), unknown options, tensors on another device.
+        UnsupportedOperationError: an operation without kernel, and no fallback; for the backward pass at its first run.
+        DeviceError: no such device.
+    """
+    checked = Options.parse(options)
+    if mode not in (None, "default"):
+        raise CompileError("the opencl backend has no modes", found=repr(mode), remedy="leave mode out")
+    _fail_on_recompile_limit()
+    _require_whole_graph(gm)
+    for tensor in inputs:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            raise CompileError("the opencl backend takes tensors of the host", found=f"a tensor on {tensor.device}")
+    with unset_fake_temporarily():
+        device = open_device(checked.device)
+
+    settings: dict[str, Any] = {"fallback": checked.fallback, "owner": owner}
+
+    def forward(graph: GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
+        context = TracingContext.try_get()
+        metadata = context.fw_metadata if context is not None else None
+        n_user = _ALL if metadata is None else metadata.num_forward
+        if metadata is not None:
+            metadata.bw_donated_idxs = []  # nothing is donated, see below; the unset value counts as something
+        return CompiledGraph(graph, device, n_user_outputs=n_user, is_backward=False, **settings)
+
+    def backward(graph: GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
+        return CompiledGraph(graph, device, n_user_outputs=_ALL, is_backward=True, **settings)
+
+    def inference(graph: GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
+        return CompiledGraph(graph, device, n_user_outputs=_ALL, is_backward=False, **settings)
+
+    # Donated buffers would save nothing here, saved tensors lie in the slab, and they forbid retain_graph.
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled: Callable[..., Any] = aot_autograd(
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, decompositions=_decompositions()
+        )(gm, inputs)
+    return compiled
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's decompositions into core ATen, but for what has kernels here."""
+    kept = {*RULES, *HANDLERS, *VIEW_OPS}
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    return {op: function for op, function in table.items() if op not in kept}
+
+
+def _require_whole_graph(gm: GraphModule) -> None:
+    """Refuse a graph that is only a part of what the user compiled."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    is_resumed = any("torch_dynamo_resume_in" in frame.name for frame in getattr(reason, "user_stack", ()) or ())
+    if (reason is not None and reason.graph_break) or is_resumed:
+        place = ""
+        with contextlib.suppress(AttributeError, IndexError):
+            frame = reason.user_stack[-1]  # type: ignore[union-attr]
+            place = f" ({frame.filename}:{frame.lineno})"
+        raise CompileError(
+            "torch.compile broke the graph; parts of it would run on the host",
+            found=f"{getattr(reason, 'reason', 'a graph break')}{place}",
+            remedy="change the code there, or see torch.compile(..., fullgraph=True) for the reason",
+        )
+
+
+def _fail_on_recompile_limit() -> None:
+    """Make TorchDynamo raise at its recompile limit instead of running eagerly, in all threads.
+
+    Setting the option as documented would hold for the calling thread only: its values are context variables, while its
+    default is shared.
+    """
+    config = torch._dynamo.config
+    config._config["fail_on_recompile_limit_hit"].default = True
+
+
+# --- modules, compiled one by one -------------------------------------------------------------------------------------
+
+_entries: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}
+_entries_lock = threading.Lock()
+_entry_numbers = itertools.count()
+
+
+def compile_module(module: torch.nn.Module, device: str, fallback: str | None = None) -> CompiledModule:
+    """A module compiled for a device; called like it: (x, context) -> y, differentiable, from any thread.
+
+    TorchDynamo counts recompilations by code object. So every structure of module and geometry of call gets an entry
+    function with a code object of its own: different modules never add up to the limit, and modules of equal structure
+    share their compiled graphs, whatever their weights.
+
+    Args:
+        module: called module(x, context).
+        device: name of an OpenCL device.
+        fallback: see the backend's options.
+    """
+    return CompiledModule(module, Options.parse({"device": device, "fallback": fallback}))
+
+
+class CompiledModule:
+    """What `compile_module` returns.
+
+    Attributes:
+        module: the module itself; its weights are used where they are, at every call.
+        device: name of the device.
+        structure: text that is equal for modules sharing compiled graphs.
+    """
+
+    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+        self.module = module
+        self.device = options.device
+        self._options = options
+        self.structure = structure(module)
+
+    def __call__(self, x: torch.Tensor, context: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """module(x, context) on the device.
+
+        Raises:
+            UnsupportedOperationError: see `opencl`.
+            CompileError: see `opencl`.
+        """
+        extra = () if context is None else tuple((name, *_geometry(t)) for name, t in context.items())
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training, context is None)
+        key = (self.structure, self._options, mode, _geometry(x), extra)
+        entry = _entries.get(key)
+        if entry is None:
+            entry = self._compile(key)
+        try:
+            return entry(self.module, x, context)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, HeteroError):
+                raise error.inner_exception from None
+            raise
+
+    def _compile(self, key: tuple[Any, ...]) -> Callable[..., torch.Tensor]:
+        with _entries_lock:
+            if key not in _entries:
+                code = _entry.__code__.replace(co_name=f"opencl_entry_{next(_entry_numbers)}")
+                function = types.FunctionType(code, globals())
+                options = dataclasses.asdict(self._options)
+                backend = functools.partial(opencl, owner=self.structure)
+                _entries[key] = torch.compile(function, backend=backend, fullgraph=True, dynamic=False, options=options)
+            return _entries[key]
+
+
+def structure(module: torch.nn.Module) -> str:
+    """A text that is equal for modules of equal structure: classes, settings, shapes; not the values of weights.
+
+    It only has to tell apart what is often compiled in one process: TorchDynamo's guards check the rest.
+    """
+    lines = []
+    for name, part in module.named_modules():
+        settings = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str, tuple))}
+        tensors = {**part._parameters, **part._buffers}
+        shapes = {k: None if t is None else (tuple(t.shape), t.dtype, t.requires_grad) for k, t in tensors.items()}
+        kind = type(part)
+        lines.append(f"{name}: {kind.__module__}.{kind.__qualname__} {settings} {shapes}")
+    return "\n".join(lines)
+
+
+def _entry(module: torch.nn.Module, x: torch.Tensor, context: Any) -> torch.Tensor:
+    result: torch.Tensor = module(x, context)
+    return result
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)

@@ -1,0 +1,119 @@
+"""From sources to programs: assemble, build, keep the binary on disk, explain failures."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetero.opencl.errors import KernelBuildError
+from hetero.opencl.platforms import opencl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_FOLDER = Path(__file__).parent / "kernels"
+_GENERATED = "generated.cl"
+_log = logging.getLogger(__name__)
+
+
+def assemble(source: str, *, is_generated: bool) -> tuple[str, str]:
+    """The complete source text and the name it has in messages.
+
+    common.cl stands in front of every source; `#line` makes the compiler name the real file and line.
+
+    Args:
+        source: a file of `kernels/`, or the text itself.
+        is_generated: whether it is the text.
+    """
+    name = _GENERATED if is_generated else source
+    text = source if is_generated else (_FOLDER / source).read_text(encoding="utf-8")
+    common = (_FOLDER / "common.cl").read_text(encoding="utf-8")
+    return f'#line 1 "common.cl"\n{common}\n#line 1 "{name}"\n{text}\n', name
+
+
+def build(context: Any, device: Any, text: str, name: str, defines: Mapping[str, int | float | str]) -> Any:
+    """A built program, from the disk cache if it is there.
+
+    Args:
+        context: a context of the device.
+        device: pyopencl device.
+        text: complete source text.
+        name: file name for messages.
+        defines: build-time constants.
+
+    Raises:
+        KernelBuildError: the compiler refuses it.
+    """
+    cl = opencl()
+    options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    path = _cache_path(device, text, options)
+    binary = _read(path)
+    try:
+        if binary is not None:
+            return cl.Program(context, [device], [binary]).build(cache_dir=False)
+    except cl.Error as error:
+        _log.info("the cached binary of %s is refused, building it again: %s", name, error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cl.CompilerWarning)
+        program = cl.Program(context, text)
+        try:
+            program.build(options, cache_dir=False)
+        except cl.Error as error:
+            raise _build_error(device, text, name, options, str(error)) from None
+    _write(path, program.get_info(cl.program_info.BINARIES)[0])
+    return program
+
+
+def _build_error(device: Any, text: str, name: str, options: list[str], log: str) -> KernelBuildError:
+    """The error with the first place that the log names; a generated source comes with its lines numbered."""
+    lines = list(dict.fromkeys(line for line in log.splitlines() if re.search(r"\b(error|warning|note)\b", line)))
+    place = re.search(r"([\w.]+\.cl):(\d+)", "\n".join(line for line in lines if "error" in line))
+    file, line = (place[1], int(place[2])) if place else (name, 0)
+    found = "\n".join(lines) or log
+    if file == _GENERATED:
+        own = text.split(f'#line 1 "{_GENERATED}"\n', 1)[1]
+        found += "\n" + "\n".join(f"{i:4d} {s}" for i, s in enumerate(own.splitlines(), 1))
+    error = KernelBuildError(
+        f"{file}:{line}: the kernel does not build for {device.name} (options: {' '.join(options) or 'none'})",
+        found=found,
+        remedy="a driver's compiler that refuses OpenCL C 1.2, or a fault of ours: report it with this message",
+    )
+    error.device, error.options, error.file, error.line = device.name, tuple(options), file, line
+    return error
+
+
+def _cache_path(device: Any, text: str, options: list[str]) -> Path:
+    """Where the binary is kept: everything that it depends on is in the name."""
+    driver = f"{device.platform.name}|{device.platform.version}|{device.version}|{device.driver_version}"
+    key = "\0".join([text, *options, device.name, driver])
+    base = (
+        os.environ.get("HETEROQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heteroq"
+    )
+    return Path(base) / "opencl" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
+
+
+def _read(path: Path) -> bytes | None:
+    """A binary that is whole, else None. PoCL dies of a truncated one, so the file begins with its SHA-256."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+
+
+def _write(path: Path, binary: bytes) -> None:
+    """Written beside and renamed, so that a reader never sees half of it. A cache that can't be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(binary).digest() + binary)
+        os.replace(temporary, path)
+    except OSError as error:
+        _log.warning("no cache of OpenCL programs in %s: %s", path.parent, error)

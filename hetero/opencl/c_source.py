@@ -1,0 +1,167 @@
+"""Pieces of generated kernels: C types, constants, conversions, and functions of float32.
+
+Expressions use operators only: with PoCL 3.0 from PyPI every library builtin is a slow call that also keeps the loop
+around it from being vectorised. The functions that matter are written out below; the rare ones, and those of float64,
+take the builtin.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+C_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "long",
+    torch.int32: "int",
+    torch.int16: "short",
+    torch.int8: "char",
+    torch.uint8: "uchar",
+    torch.bool: "uchar",
+}
+
+# float32 functions, by name; a function may use those above it.
+_FUNCTIONS = {
+    "abs1": "static inline float abs1(float x) { return as_float(as_int(x) & 0x7fffffff); }\n",
+    # 2^n exp(r) as in common.cl, of which this is the scalar form that the loop vectoriser takes. 2 ulp.
+    "exp1": """
+static inline float exp1(float x)
+{
+    float y = x < -87.336f ? -87.336f : x;
+    y = y > 89.0f ? 89.0f : y;
+    const float t = y * 1.44269504f + 12582912.0f;
+    const float n = t - 12582912.0f;
+    float r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const int i = as_int(t) - 0x4B400000, half_i = i >> 1;
+    const float result = p * as_float((half_i + 127) << 23) * as_float((i - half_i + 127) << 23);
+    return x < -87.336f ? 0.0f : result;
+}
+""",
+    # Cephes' tanhf: a polynomial below 0.625, 1 - 2 / (exp(2 x) + 1) above. 3 ulp.
+    "tanh1": """
+static inline float tanh1(float x)
+{
+    const float z = x * x;
+    float p = -5.70498872745e-3f * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const float below = p * z * x + x, above = 1.0f - 2.0f / (exp1(2.0f * x) + 1.0f);
+    return z < 0.390625f ? below : above;
+}
+""",
+    # Cephes' logf, as in common.cl. 2 ulp.
+    "log1": """
+static inline float log1(float x)
+{
+    const float shift = x < 1.17549435e-38f ? 25.0f : 0.0f;
+    const int bits = as_int(x < 1.17549435e-38f ? x * 33554432.0f : x);
+    float e = (float)((bits >> 23) - 126) - shift;
+    float m = as_float((bits & 0x007fffff) | 0x3f000000);
+    e = m < 0.707106781f ? e - 1.0f : e;
+    m = m < 0.707106781f ? m + m - 1.0f : m - 1.0f;
+    const float z = m * m;
+    float p = 7.0376836292e-2f * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z - 2.12194440e-4f * e - 0.5f * z;
+    float result = m + p + 0.693359375f * e;
+    result = x == 0.0f ? -INFINITY : result;
+    result = x < 0.0f ? NAN : result;
+    return x == INFINITY || x != x ? x : result;
+}
+""",
+    # Eigen's generic_fast_erf_float: x P(x^2) / Q(x^2) on [-4, 4]. Absolute error 5e-7.
+    "erf1": """
+static inline float erf1(float x)
+{
+    float y = x > 4.0f ? 4.0f : x;
+    y = y < -4.0f ? -4.0f : y;
+    const float z = y * y;
+    float p = -2.72614225801306e-10f * z + 2.77068142495902e-08f;
+    p = p * z - 2.10102402082508e-06f;
+    p = p * z - 5.69250639462346e-05f;
+    p = p * z - 7.34990630326855e-04f;
+    p = p * z - 2.95459980854025e-03f;
+    p = p * z - 1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f * z - 2.13374055278905e-04f;
+    q = q * z - 1.68282697438203e-03f;
+    q = q * z - 7.37332916720468e-03f;
+    q = q * z - 1.42647390514189e-02f;
+    return y * p / q;
+}
+""",
+    # Normal distribution function erfc(-x / sqrt(2)) / 2, without cancellation in the lower tail. erfc as in Numerical
+    # Recipes (Press et al., 2nd ed., 6.2, erfcc): a Chebyshev fit with relative error 1.2e-7.
+    "cdf1": """
+static inline float cdf1(float x)
+{
+    const float z = abs1(x) * 0.70710678f, t = 1.0f / (1.0f + 0.5f * z);
+    float p = 0.17087277f * t - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    const float tail = 0.5f * t * exp1(p - z * z);
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+""",
+    "cdf2": "static inline double cdf2(double x) { return 0.5 * erfc(-0.7071067811865476 * x); }\n",
+    "sqrt1": "static inline float sqrt1(float x) { return __builtin_sqrtf(x); }\n",
+}
+_NEEDS = {"tanh1": ("exp1",), "cdf1": ("abs1", "exp1")}
+
+
+def functions_of(text: str) -> str:
+    """Definitions of the functions that a kernel's body calls, and the pragma that double needs."""
+    used = {name for name in _FUNCTIONS if f"{name}(" in text}
+    used |= {needed for name in used for needed in _NEEDS.get(name, ())}
+    head = "#pragma OPENCL EXTENSION cl_khr_fp64 : enable\n" if "double" in text else ""
+    return head + "".join(source.lstrip() for name, source in _FUNCTIONS.items() if name in used)
+
+
+def literal(value: float | int | bool, dtype: torch.dtype) -> str:
+    """A number as a C constant of a type; exact."""
+    if dtype.is_floating_point:
+        number = float(value)
+        suffix = "f" if dtype == torch.float32 else ""
+        if math.isnan(number):
+            return "NAN"
+        if dtype == torch.float32 and not math.isinf(number):
+            number = float(torch.tensor(number, dtype=torch.float32))
+        if math.isinf(number):
+            return "INFINITY" if number > 0 else "(-INFINITY)"
+        return f"({number!r}{suffix})" if number < 0 or math.copysign(1, number) < 0 else f"{number!r}{suffix}"
+    if dtype == torch.bool:
+        return str(int(bool(value)))
+    number = int(value)
+    if dtype != torch.int64:
+        return f"({number})"
+    return "(-9223372036854775807L - 1L)" if number == -(2**63) else f"({number}L)"
+
+
+def cast(text: str, source: torch.dtype, target: torch.dtype) -> str:
+    """An expression of one type converted to another."""
+    if source == target:
+        return text
+    if target == torch.bool:
+        return f"({text} != 0)"
+    return f"(({C_TYPES[target]}){text})"

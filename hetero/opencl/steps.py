@@ -1,0 +1,134 @@
+"""What lowering consists of: view operations, steps, deferred kernels, a lowered graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from hetero.opencl.ir import Launch, View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.fx import Node
+
+aten = torch.ops.aten
+
+VIEW_OPS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten._reshape_alias.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.detach.default,
+        aten.alias.default,
+        aten.as_strided.default,
+        aten.diagonal.default,
+    }
+)
+
+
+class Target(Protocol):
+    """What generated code depends on of a device: `program.Capabilities`."""
+
+    @property
+    def kind(self) -> str:
+        """`cpu` or `gpu`."""
+
+    @property
+    def compute_units(self) -> int:
+        """How many work-groups run at the same time."""
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """An operation that runs on the host because nothing else does it: the whole of `fallback="cpu"`.
+
+    Attributes:
+        op: the ATen operation.
+        module: path of the module it belongs to.
+        call: gets its tensors in the order of `inputs`, returns one tensor an output.
+        inputs: views that it reads.
+        outputs: views that it writes.
+    """
+
+    op: str
+    module: str
+    call: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+    inputs: tuple[View, ...]
+    outputs: tuple[View, ...]
+
+
+Step = Launch | HostStep
+
+
+@dataclass(eq=False)
+class Deferred:
+    """A kernel that is emitted at its first use, perhaps with a residual or into other memory.
+
+    Attributes:
+        outputs: where its results are read from; `stored` at the same place says where they go.
+        emit: (stored, residual) -> launches.
+        residual: position of the output that a residual can be added to, or -1.
+    """
+
+    outputs: list[View]
+    emit: Callable[[Sequence[View], View | None], list[Launch]]
+    residual: int = -1
+    stored: list[View] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph's steps and interface.
+
+    Attributes:
+        steps: in order.
+        inputs: root of each input; None for a number.
+        outputs: of each output its view, or a number or None; an `input` root's view may be the input itself.
+        is_input: for each output the index of the input that it is, or -1.
+    """
+
+    steps: tuple[Step, ...]
+    inputs: tuple[View | None, ...]
+    outputs: tuple[View | float | int | None, ...]
+    is_input: tuple[int, ...]
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            bound[argument.name] = node.args[i]
+        else:
+            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def module_path(node: Node) -> str:
+    """Where in the user's module a node comes from; backward nodes know it from their forward node."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def operation_name(node: Node) -> str:
+    """ATen's name of what a node calls, without overload."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))

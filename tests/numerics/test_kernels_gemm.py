@@ -1,0 +1,109 @@
+"""The matrix product against float64, over shapes around the tiles, strides, batches and epilogues."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero.opencl import kernels
+from hetero.opencl.errors import Unsupported
+from tests.kernel_harness import EPS, LAYOUTS, Bench, check, dot_tolerance, empty, layout
+
+SIZES = [1, 2, 6, 7, 14, 15, 16, 17, 31, 32, 33, 37, 64, 84, 85, 101, 128, 129]
+
+
+def _run(bench, a, b, out, *, bias=None, residual=None):
+    views = {"bias": bench.view(bias) if bias is not None else None}
+    views["residual"] = bench.view(residual) if residual is not None else None
+    bench.run(kernels.gemm(bench.view(a), bench.view(b), bench.view(out), scratch=bench.scratch, **views))
+
+
+def _random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lanes=st.sampled_from([8, 16]),
+    M=st.sampled_from(SIZES),
+    N=st.sampled_from(SIZES),
+    K=st.sampled_from([*SIZES, 383, 384, 385, 800]),
+    kinds=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    has_bias=st.booleans(),
+    has_residual=st.booleans(),
+)
+def test_product_of_any_shape_and_layout_equals_float64(lanes, M, N, K, kinds, has_bias, has_residual):
+    bench = Bench(lanes=lanes)
+    a, b = layout(_random(M, K), kinds[0]), layout(_random(K, N, seed=1), kinds[1])
+    out = empty(M, N, kind=kinds[2])
+    bias = _random(N, seed=2) if has_bias else None
+    residual = layout(_random(M, N, seed=3), kinds[0]) if has_residual else None
+    _run(bench, a, b, out, bias=bias, residual=residual)
+    added = (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
+    size = (0 if bias is None else bias.abs()) + (0 if residual is None else residual.abs())
+    tolerance = dot_tolerance(a, b) + (K + 3) * EPS * size
+    check(out, a.double() @ b.double() + added, tolerance)
+
+
+def test_output_in_a_slice_leaves_its_neighbours_alone():
+    bench = Bench()
+    wide = torch.full((20, 99), 7.0)
+    _run(bench, _random(20, 11), _random(11, 33), wide[:, 33:66])
+    assert bool((wide[:, :33] == 7).all())
+    assert bool((wide[:, 66:] == 7).all())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (7, 33, 5), (65, 32, 400)])
+def test_batched_product_equals_float64(M, N, K, shared):
+    bench = Bench()
+    a = _random(3, M, K)
+    b = _random(K, N, seed=1).expand(3, K, N) if shared else layout(_random(3, K, N, seed=1), "transposed")
+    residual, out = _random(3, M, N, seed=2), empty(3, M, N)
+    _run(bench, a, b, out, residual=residual)
+    check(out, a.double() @ b.double() + residual, dot_tolerance(a, b) + 1e-6 * residual.abs())
+
+
+@pytest.mark.parametrize("K", [5, 385, 800])
+def test_residual_may_be_the_output_itself(K):
+    bench = Bench()
+    a, b, out = _random(20, K), _random(K, 40, seed=1), _random(20, 40, seed=2)
+    before = out.clone()
+    _run(bench, a, b, out, residual=out)
+    check(out, before + a.double() @ b.double(), dot_tolerance(a, b) + 1e-6 * before.abs())
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed"])
+def test_an_empty_sum_gives_the_bias(kind):
+    bench = Bench()
+    bias, out = _random(40), empty(30, 40, kind=kind)
+    _run(bench, torch.empty(30, 0), torch.empty(0, 40), out, bias=bias)
+    assert torch.equal(out, bias.expand(30, 40))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinities_reach_exactly_the_elements_that_torch_gives(value):
+    bench = Bench()
+    a, b, out = _random(17, 20), _random(20, 35, seed=1), empty(17, 35)
+    a[3, 4] = value
+    _run(bench, a, b, out)
+    check(out, a.double() @ b.double(), 1e-4)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(300, 70, 500), (64, 256, 1024), (1024, 64, 64)])
+def test_the_same_bits_on_one_core_and_on_all(M, N, K):
+    results = []
+    for name in ("opencl:0", "opencl:0.1"):
+        out = empty(M, N)
+        _run(Bench(name), _random(M, K), _random(N, K, seed=1).t(), out)
+        results.append(out)
+    assert torch.equal(*results)
+
+
+def test_float64_is_refused_with_a_reason():
+    bench = Bench()
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="float64"):
+        _run(bench, x, x, x)
