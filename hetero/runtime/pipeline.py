@@ -1,0 +1,391 @@
+"""Run a placed model: micro-batches through stages, one thread a device (GPipe).
+
+A step is all forward passes, then all backward passes. Each device's worker knows beforehand what it will do in which
+order (stage by stage, micro-batch by micro-batch) and waits for its inputs; so gradients always add up in the same
+order, whatever the timing: two equal steps are equal bit by bit.
+
+Source: Huang et al., "GPipe", NeurIPS 2019, section 2.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hetero.errors import PlacementError, StageError
+from hetero.modules import apis_of, can_run
+from hetero.runtime.stage import IGNORED, TARGETS, Loss, Stage, token_cross_entropy
+from hetero.runtime.worker import Worker
+from hetero.schedule import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from hetero.backends import Context
+    from hetero.planner.plan import Plan
+    from hetero.topology import Topology
+
+
+class Batch(Protocol):
+    """Rows to train on or to evaluate.
+
+    Attributes:
+        inputs: (B, ...).
+        targets: (B, ...); -100 takes no part in the loss.
+        context: tensors beside the activations, each with B as first dimension.
+    """
+
+    @property
+    def inputs(self) -> Tensor: ...  # noqa: D102
+    @property
+    def targets(self) -> Tensor: ...  # noqa: D102
+    @property
+    def context(self) -> Context: ...  # noqa: D102
+
+
+class MicroBatch(NamedTuple):
+    """A part of a batch.
+
+    Attributes:
+        inputs: rows of the inputs.
+        context: rows of the context, with the targets among them.
+        n_targets: number of targets that count.
+    """
+
+    inputs: Tensor
+    context: dict[str, Tensor]
+    n_targets: int
+
+
+def split(batch: Batch, n_microbatches: int) -> list[MicroBatch]:
+    """Cut B rows into parts of ceil(B / n_microbatches) rows; a part without a target that counts is left out.
+
+    Raises:
+        ValueError: no target counts, or fewer than one micro-batch is asked for.
+    """
+    if n_microbatches < 1:
+        raise ValueError(f"n_microbatches has to be at least 1, not {n_microbatches}")
+    rows = -(-batch.inputs.shape[0] // n_microbatches)
+    parts = []
+    for first in range(0, batch.inputs.shape[0], max(rows, 1)):
+        here = slice(first, first + rows)
+        targets = batch.targets[here]
+        if n_targets := int((targets != IGNORED).sum()):
+            context = {key: value[here] for key, value in batch.context.items()}
+            parts.append(MicroBatch(batch.inputs[here], {**context, TARGETS: targets}, n_targets))
+    if not parts:
+        raise ValueError(f"the batch has no target: it is empty, or every one of its targets is {IGNORED}")
+    return parts
+
+
+class _Abandoned(Exception):  # noqa: N818 - never seen outside: another stage failed
+    """The step was given up."""
+
+
+class _Run:
+    """One step under way: what the workers hand each other, and what came out."""
+
+    def __init__(self, stages: Sequence[Stage], parts: Sequence[MicroBatch], *, backward_from: int | None) -> None:
+        """A step that is ready to start.
+
+        Args:
+            stages: all of them.
+            parts: the micro-batches.
+            backward_from: index of the first stage with a backward pass; None: forward passes only.
+        """
+        self.parts, self.backward_from = parts, backward_from
+        self.inputs: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(len(stages) + 1)]  # [-1]: the losses
+        self.grads: list[SimpleQueue[Any]] = [
+            SimpleQueue() for _ in range(len(stages) + 1)
+        ]  # [k]: of stage k-1's output
+        self.finished: SimpleQueue[StageError | None] = SimpleQueue()
+        self.is_abandoned = False
+        self.events: list[Event] = []
+        self.start = time.perf_counter()
+        total = sum(part.n_targets for part in parts)
+        self.weights = [part.n_targets / total for part in parts]
+        for part, weight in zip(parts, self.weights, strict=True):
+            self.inputs[0].put(part.inputs)
+            self.grads[-1].put(torch.tensor(weight, dtype=torch.float64))
+
+    def work(self, stages: Sequence[Stage]) -> None:
+        """One device's share; runs in its worker."""
+        try:
+            for stage in stages:
+                self._each(stage, "forward", self.inputs[stage.index], self.inputs[stage.index + 1])
+            for stage in reversed(stages):
+                if self.backward_from is not None and stage.index >= self.backward_from:
+                    self._each(stage, "backward", self.grads[stage.index + 1], self.grads[stage.index])
+            self.finished.put(None)
+        except _Abandoned:
+            self.finished.put(None)
+        except StageError as error:
+            self.abandon()
+            self.finished.put(error)
+
+    def _each(self, stage: Stage, phase: str, source: SimpleQueue[Any], target: SimpleQueue[Any]) -> None:
+        for i, part in enumerate(self.parts):
+            x = source.get()
+            if self.is_abandoned:
+                raise _Abandoned
+            start = time.perf_counter()
+            try:
+                if phase == "backward":
+                    y = stage.backward(i, x)
+                elif self.backward_from is not None and stage.index >= self.backward_from:
+                    y = stage.forward(i, x, part.context)
+                else:
+                    y = stage.infer(x, part.context)
+            except Exception as error:
+                raise _stage_error(stage, phase, i, error) from error
+            end = time.perf_counter()
+            target.put(y)
+            self.events.append(Event(stage.device.name, stage.index, i, phase, start - self.start, end - self.start))
+
+    def abandon(self) -> None:
+        """Let every worker stop before its next micro-batch."""
+        self.is_abandoned = True
+        for edge in (*self.inputs, *self.grads):
+            edge.put(None)  # wakes who waits there; nobody reads more than one after the flag is set
+
+    def loss(self) -> float:
+        """Mean loss over all targets, once all forward passes are done."""
+        return sum(weight * float(self.inputs[-1].get()) for weight in self.weights)
+
+
+def _stage_error(stage: Stage, phase: str, microbatch: int, error: Exception) -> StageError:
+    layers = stage.names[0] if len(stage.names) == 1 else f"{stage.names[0]} to {stage.names[-1]}"
+    return StageError(
+        f"stage {stage.index} ({layers}) on {stage.device.name} failed in the {phase} pass of micro-batch {microbatch}",
+        found=f"{type(error).__name__}: {error}",
+        remedy=str(getattr(error, "remedy", "")),
+    )
+
+
+class Placed:
+    """A model whose layers run on the devices of a plan. Close it when done, or use it as a context manager.
+
+    The parameters remain the model's own: optimizers, checkpoints and `state_dict` work as before, and the model itself
+    can still be called where all of it lives in host memory.
+
+    Attributes:
+        stages: in execution order.
+        n_microbatches: of a step, unless it is told otherwise.
+        last_events: the measured schedule of the last step, by start.
+    """
+
+    def __init__(
+        self, model: nn.Module, stages: Sequence[Stage], workers: Mapping[str, Worker], n_microbatches: int
+    ) -> None:
+        self.stages, self.n_microbatches = tuple(stages), n_microbatches
+        self.last_events: list[Event] = []
+        self._model = model
+        self._workers = dict(workers)
+        self._by_device = {name: [s for s in stages if s.device.name == name] for name in workers}
+        self._lock = threading.Lock()  # steps of two callers must reach all workers in one order
+
+    def step(self, batch: Batch, n_microbatches: int | None = None) -> float:
+        """Forward and backward passes of a batch; gradients are added to `p.grad`.
+
+        Args:
+            batch: B rows.
+            n_microbatches: parts of ceil(B / n_microbatches) rows it is cut into; None: as planned.
+
+        Returns:
+            Mean loss over the targets that count.
+
+        Raises:
+            StageError: a stage failed, which the message names; gradients are incomplete, the next step may be tried.
+            KeyboardInterrupt: Ctrl-C; the step was given up, no worker is in the middle of anything.
+        """
+        parts = split(batch, n_microbatches or self.n_microbatches)
+        run = self._execute(_Run(self.stages, parts, backward_from=self._first_trainable()))
+        self.last_events = sorted(run.events, key=lambda event: (event.start_s, event.stage))
+        return run.loss()
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """Loss without gradients.
+
+        Returns:
+            The sum of the loss over the targets that count, and their number.
+
+        Raises:
+            StageError: as `step`.
+        """
+        parts = split(batch, self.n_microbatches)
+        run = self._execute(_Run(self.stages, parts, backward_from=None))
+        n_targets = sum(part.n_targets for part in parts)
+        return run.loss() * n_targets, n_targets
+
+    def __call__(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The model's output, differentiable by plain autograd: one stage after the other, in the caller's thread."""
+        for stage in self.stages:
+            x = stage(x, context or {})
+        return x
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """The model's own layers, for generation token by token."""
+        return list(_layers(self._model))
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The model's own parameters."""
+        return self._model.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's: the same names, in the same order, as without placement."""
+        return self._model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the model's parameters and buffers, in place."""
+        self._model.load_state_dict(state)
+
+    def launches(self) -> dict[str, dict[str, int]]:
+        """Launches so far by device and op; a device that doesn't count is missing."""
+        counted = {name: stages[0].launches() for name, stages in self._by_device.items()}
+        return {name: ops for name, ops in counted.items() if ops}
+
+    def close(self) -> None:
+        """End the threads; a second call does nothing."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers = {}
+
+    def __enter__(self) -> Placed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _first_trainable(self) -> int:
+        trainable = (s.index for s in self.stages if s.is_trainable())
+        return next(trainable, len(self.stages))
+
+    def _execute(self, run: _Run) -> _Run:
+        if not self._workers:
+            raise RuntimeError("the placed model is closed")
+        try:
+            with self._lock:
+                for name, worker in self._workers.items():
+                    worker.submit(functools.partial(run.work, self._by_device[name]))
+            # Waiting is interruptible: Ctrl-C raises here, never in a worker.
+            reports = [run.finished.get() for _ in self._workers]
+        except BaseException:
+            run.abandon()
+            self._drain()
+            raise
+        if errors := [report for report in reports if report is not None]:
+            self._drain()
+            raise errors[0]
+        return run
+
+    def _drain(self) -> None:
+        for worker in self._workers.values():
+            worker.call(int)  # a worker does one thing after the other: what was under way there has ended
+        for stage in self.stages:
+            stage.clear()
+
+
+def place(
+    model: nn.Module, plan: Plan, *, topology: Topology | None = None, loss: Loss = token_cross_entropy
+) -> Placed:
+    """Put a model's layers onto the devices of a plan.
+
+    Args:
+        model: has `layers() -> [(name, module)]`, each called `module(x, context) -> x`.
+        plan: of these layers.
+        topology: where the plan's devices are described; None: discovered now.
+        loss: (output, targets) -> mean over the targets that are not -100.
+
+    Raises:
+        PlacementError: the plan is for other layers, or can't be executed here.
+        DeviceError: one of its devices does not exist.
+    """
+    names = [name for name, _ in _layers(model)]
+    planned = [name for stage in plan.stages for name in stage.layers]
+    if names != planned:
+        raise PlacementError(
+            "the plan is for another model", found=f"layers {', '.join(planned)}", expected=f"layers {', '.join(names)}"
+        )
+    stages = [(stage.device, stage.first, stage.last) for stage in plan.stages]
+    return place_stages(model, stages, topology, loss=loss, n_microbatches=plan.n_microbatches)
+
+
+def place_stages(
+    model: nn.Module,
+    stages: Sequence[tuple[str, int, int]],
+    topology: Topology | None = None,
+    loss: Loss = token_cross_entropy,
+    n_microbatches: int = 1,
+) -> Placed:
+    """As `place`, with the stages given as (device, first layer, last layer), both inclusive.
+
+    Raises:
+        PlacementError: the stages don't cover the layers one after the other, a device is simulated, two devices
+            overlap, a layer can't run where it should, or two stages share a parameter.
+        DeviceError: a device does not exist.
+    """
+    from hetero.discovery import discover
+
+    devices_used = list(dict.fromkeys(device for device, _, _ in stages))
+    topology = discover(devices_used) if topology is None else topology.only(devices_used)
+    layers = list(_layers(model))
+    _check(layers, stages, topology)
+    built = []
+    for index, (device, first, last) in enumerate(stages):
+        names, units = zip(*layers[first : last + 1], strict=True)
+        is_last = index == len(stages) - 1
+        built.append(
+            Stage(
+                names, units, topology.device(device), index=index, loss=loss if is_last else None, input_grad=index > 0
+            )
+        )
+    workers = {device.name: Worker(device) for device in topology.devices}
+    return Placed(model, built, workers, n_microbatches)
+
+
+def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    layers: Iterable[tuple[str, nn.Module]] = model.layers()  # type: ignore[operator]  # any module that has it
+    return layers
+
+
+def _check(layers: Sequence[tuple[str, nn.Module]], stages: Sequence[tuple[str, int, int]], topology: Topology) -> None:
+    expected = 0
+    owners: dict[int, int] = {}
+    for index, (name, first, last) in enumerate(stages):
+        device = topology.device(name)
+        if device.simulated:
+            raise PlacementError(
+                f"nothing can run on {name!r}", found="a simulated device", remedy="such a plan can only be studied"
+            )
+        for other in topology.devices:
+            if device.overlaps(other):
+                raise PlacementError("two devices of the plan are the same hardware", found=f"{name} and {other.name}")
+        if first != expected or last < first:
+            raise PlacementError(
+                "the stages have to cover the layers one after the other",
+                found=f"stage {index} holds layers {first} to {last}",
+                expected=f"its first layer to be {expected}",
+            )
+        for layer, module in layers[first : last + 1]:
+            if not can_run(module, device):
+                apis = apis_of(module)
+                raise PlacementError(
+                    f"layer {layer!r} can't run on {name!r}",
+                    expected=f"a device of {', '.join(sorted(apis))}" if apis else "a device that runs any module",
+                )
+            if any(owners.setdefault(id(parameter), index) != index for parameter in module.parameters()):
+                raise PlacementError(
+                    f"layer {layer!r} shares a parameter with an earlier stage",
+                    remedy="put both layers into one stage, or untie the parameter",
+                )
+        expected = last + 1
+    if expected != len(layers):
+        raise PlacementError(
+            "the stages don't cover all layers", found=f"{expected} of them", expected=f"{len(layers)}"
+        )
