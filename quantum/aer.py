@@ -121,6 +121,12 @@ def _gate_parameters(tape: Any) -> list[Any]:
     return [value for op in tape.operations for value in op.data]
 
 
+def _is_angle(tape: Any, index: int) -> bool:
+    """Whether a parameter belongs to a gate that has angles, and not to a matrix or an observable."""
+    info = tape.par_info[index]
+    return bool(info["op_idx"] < len(tape.operations) and info["op"].name != "QubitUnitary")
+
+
 class _Gradients(tuple[Any, ...]):
     """Gradients of one tape. PennyLane's torch bridge calls `np.squeeze` on the tuple, whose shapes are mixed."""
 
@@ -134,7 +140,7 @@ def _accepts(op: Any) -> bool:
     if op.name in GATES:
         return op.name != "QubitUnitary" or (op.batch_size is None and len(op.wires) <= 5)
     if op.name in TEMPLATES:
-        return bool(op.name != "AngleEmbedding" or op.hyperparameters["rotation"] in _ROTATIONS)
+        return op.hyperparameters.get("rotation", qml.RX) in _ROTATIONS
     return bool(not op.data and op.has_matrix and len(op.wires) <= 4 and not _is_measurement(op))
 
 
@@ -189,7 +195,13 @@ class AerDevice(Device):  # type: ignore[misc]  # PennyLane ships no types
         """Mid-circuit measurements deferred, gates decomposed to what Aer has, wires and measurements checked."""
         pipeline = CompilePipeline()
         pipeline.add_transform(qml.defer_measurements, allow_postselect=False)
-        pipeline.add_transform(decompose, stopping_condition=_accepts, name=self.name, device_wires=self.wires)
+        pipeline.add_transform(
+            decompose,
+            stopping_condition=_accepts,
+            skip_initial_state_prep=False,
+            name=self.name,
+            device_wires=self.wires,
+        )
         pipeline.add_transform(device_resolve_dynamic_wires, wires=self.wires, allow_resets=False)
         pipeline.add_transform(validate_device_wires, self.wires, name=self.name)
         pipeline.add_transform(validate_measurements, name=self.name)
@@ -216,11 +228,13 @@ class AerDevice(Device):  # type: ignore[misc]  # PennyLane ships no types
         return config
 
     def supports_derivatives(self, execution_config: Any = None, circuit: Any = None) -> bool:
-        """Whether the adjoint sweep differentiates the circuit: no shots, expectation values of Pauli sentences."""
+        """Whether the adjoint sweep does it: no shots, angles of gates, expectation values of Pauli sentences."""
         if execution_config is not None and execution_config.gradient_method not in ("adjoint", "device", "best"):
             return False
         return circuit is None or (
-            not circuit.shots and all(_is_expectation(m) and m.obs.pauli_rep is not None for m in circuit.measurements)
+            not circuit.shots
+            and all(_is_expectation(m) and m.obs.pauli_rep is not None for m in circuit.measurements)
+            and all(_is_angle(circuit, index) for index in circuit.trainable_params)
         )
 
     def supports_vjp(self, execution_config: Any = None, circuit: Any = None) -> bool:
@@ -245,7 +259,7 @@ class AerDevice(Device):  # type: ignore[misc]  # PennyLane ships no types
             assert planned.observables is not None
             values, kept = expectation.values(planned.program, planned.observables, shared, rows, keep=keep)
             if kept is not None:
-                self._waiting.forwards.append((shared, rows, kept))
+                self._waiting.forwards.append((planned.program, shared, rows, kept))
             results: list[Any] = [values[:, j] if tape.batch_size else values[0, j] for j in range(values.shape[1])]
         else:
             amplitudes = expectation.final_states(planned.program, shared, rows)
@@ -294,7 +308,7 @@ class AerDevice(Device):  # type: ignore[misc]  # PennyLane ships no types
             shared,
             rows,
             g,
-            self._take_forward(shared, rows),
+            self._take_forward(planned.program, shared, rows),
             shared=any(not per_row for _, per_row, _ in trainable),
             per_row=any(per_row for _, per_row, _ in trainable),
         )
@@ -332,10 +346,10 @@ class AerDevice(Device):  # type: ignore[misc]  # PennyLane ships no types
     def _order(self, tape: Any) -> list[Any]:
         return list(self.wires if self.wires is not None else tape.wires)
 
-    def _take_forward(self, shared: Real, rows: Real) -> expectation.Kept | None:
-        """The states that this thread's last `execute` kept for exactly these angles."""
-        for angles, columns, kept in getattr(self._waiting, "forwards", []):
-            if np.array_equal(angles, shared) and np.array_equal(columns, rows):
+    def _take_forward(self, program: Program, shared: Real, rows: Real) -> expectation.Kept | None:
+        """The states that this thread's last `execute` kept for this circuit at exactly these angles."""
+        for circuit, angles, columns, kept in getattr(self._waiting, "forwards", []):
+            if circuit is program and np.array_equal(angles, shared) and np.array_equal(columns, rows):
                 return cast("expectation.Kept", kept)
         return None
 

@@ -73,16 +73,16 @@ class Bottleneck(nn.Module):
 class TanhMLP(nn.Module):
     """The circuit's classical twin: a tanh network of matched size, its output within [-1, 1] as <Z_i> is.
 
-        y = tanh(V tanh(W x + a) + b + s * x)
+        y = tanh(V tanh(W x) + b + s * x)
 
-    A circuit of n qubits and L layers has P = 3 n L parameters. h hidden units take h (2n + 1) of them; what is left
-    of P, r <= 2n, is filled up with the output bias b (r > 0) and the diagonal skip s (r > n), n each. So the network
-    has at least P and at most P + n - 1 parameters.
+    Like the circuit it can pass all n inputs on: the diagonal skip s starts at 1, the network beside it corrects. A
+    circuit of n qubits and L layers has 3 n L parameters; h hidden units, b and s have 2 n (h + 1). So for even L the
+    twin has exactly as many, for odd L it has n more.
 
     Args:
         n_qubits: width n of input and output.
         n_circuit_layers: L of the circuit to be matched.
-        generator: of the initial weights: W, V, a and b as torch's `nn.Linear` has them, s zero.
+        generator: of the initial weights: W, V and b as torch's `nn.Linear` has them.
     """
 
     def __init__(self, n_qubits: int, n_circuit_layers: int, *, generator: torch.Generator | None = None) -> None:
@@ -93,16 +93,15 @@ class TanhMLP(nn.Module):
                 found=f"n_qubits={n_qubits}, n_circuit_layers={n_circuit_layers}",
                 expected="integers of at least 1",
             )
-        n = self.n_qubits = n_qubits
-        hidden, rest = divmod(3 * n * n_circuit_layers, 2 * n + 1)
-        self.hidden = _linear(n, hidden, generator)
-        self.out = _linear(hidden, n, generator, bias=rest > 0)
-        self.skip = nn.Parameter(torch.zeros(n)) if rest > n else None
+        self.n_qubits = n_qubits
+        hidden = (3 * n_circuit_layers + 1) // 2 - 1
+        self.hidden = _linear(n_qubits, hidden, generator, bias=False)
+        self.out = _linear(hidden, n_qubits, generator)
+        self.skip = nn.Parameter(torch.ones(n_qubits))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., n)` to `(..., n)`."""
-        y = self.out(torch.tanh(self.hidden(x)))
-        return torch.tanh(y if self.skip is None else y + self.skip * x)
+        return torch.tanh(self.out(torch.tanh(self.hidden(x))) + self.skip * x)
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """Of a forward pass of `(..., n)`: both matrix products."""

@@ -45,7 +45,8 @@ class Execution:
         if self._layer.simulator == "aer":
             if torch.compiler.is_compiling():
                 return torch.ops.heteroq.circuit(rows, weights, self.handle)[0]  # type: ignore[no-any-return]
-            return _Circuit.apply(rows, weights, self)  # type: ignore[no-any-return, no-untyped-call]
+            keep = torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)
+            return _Circuit.apply(rows, weights, self, keep)  # type: ignore[no-any-return, no-untyped-call]
         if len(rows) == 0:
             return 0.0 * rows + 0.0 * weights.sum()
         self.take_call(len(rows))
@@ -72,7 +73,6 @@ class Execution:
                 n_qubits=layer.n_qubits,
                 embedding=layer.embedding,
                 ansatz=layer.ansatz,
-                shots=layer.shots,
             )
         return run_stock(node, rows, weights)
 
@@ -131,22 +131,21 @@ class _Circuit(torch.autograd.Function):
     """The Aer path in eager mode: the states of the forward pass wait in the graph for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, execution: Execution) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[:2]
-        values, call, kept = execution.forward(rows, weights, keep=any(wanted))
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, execution: Execution, keep: bool) -> torch.Tensor:
+        values, call, kept = execution.forward(rows, weights, keep=keep)
         ctx.save_for_backward(rows, weights)
         ctx.execution, ctx.call, ctx.kept = execution, call, kept
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         rows, weights = ctx.saved_tensors
         per_row, shared = ctx.needs_input_grad[:2]
         grad_rows, grad_weights = ctx.execution.backward(
             rows, weights, cotangent, ctx.call, ctx.kept, shared=shared, per_row=per_row
         )
-        return (grad_rows if per_row else None), (grad_weights if shared else None), None
+        return (grad_rows if per_row else None), (grad_weights if shared else None), None, None
 
 
 # The Aer path under torch.compile: operators that the compiler does not look into. States are computed again.

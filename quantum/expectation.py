@@ -108,7 +108,8 @@ class Draw:
     def frequencies(self, probabilities: Real, first_row: int, purpose: int) -> Real:
         """Relative frequencies of outcomes for `(..., B, 2**n)` probabilities, rows counted from `first_row`.
 
-        The samples are drawn by numpy from Aer's probabilities (same distribution as Aer's own sampler, faster).
+        The samples are drawn by numpy from Aer's probabilities (same distribution as Aer's own sampler, faster). Where
+        the probabilities of a row are not finite, neither are its frequencies.
         """
         result = np.empty_like(probabilities)
         for b in range(probabilities.shape[-2]):
@@ -116,7 +117,9 @@ class Draw:
             key = [self.seed % 2**64, self.call]
             rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
             p = probabilities[..., b, :]
-            result[..., b, :] = rng.multinomial(self.shots, p / p.sum(axis=-1, keepdims=True))
+            total = p.sum(axis=-1, keepdims=True)
+            is_finite = bool(np.isfinite(total).all())
+            result[..., b, :] = rng.multinomial(self.shots, p / total) if is_finite else np.nan
         return result / self.shots
 
 
@@ -126,7 +129,7 @@ def sampled_values(program: Program, observables: Observables, angles: Real, row
     for part in _chunks(program, len(rows)):
         final = states(program, angles, rows[part])
         probabilities = final.real**2 + final.imag**2
-        result[part] = draw.frequencies(probabilities, part.start, purpose=0) @ observables.diagonal
+        result[part] = observables.of_probabilities(draw.frequencies(probabilities, part.start, purpose=0))
     return result
 
 
@@ -146,7 +149,7 @@ def sampled_vjp(
     n_branches = 1 + 2 * (program.n_angles * shared + program.n_columns * per_row)
     for part in _chunks(program, len(rows), CHUNK_BYTES // n_branches):
         probabilities, order = branches(program, angles, rows[part], shared=shared, per_row=per_row)
-        estimates = draw.frequencies(probabilities, part.start, purpose=1) @ observables.diagonal
+        estimates = observables.of_probabilities(draw.frequencies(probabilities, part.start, purpose=1))
         slopes = np.einsum("pbm,bm->pb", 0.5 * (estimates[:, 0] - estimates[:, 1]), cotangent[part])
         for (is_row, index), slope in zip(order, slopes, strict=True):
             if is_row:

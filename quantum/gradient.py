@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from quantum.linear import product, z_sums
 from quantum.program import PAULI, Block, Bound, Complex, Encode, Program, Real, Turn
 from quantum.state import AerRows
 
@@ -207,8 +208,9 @@ def _encode(aer: AerRows, block: Encode, program: Program, rows: Real, *, invers
 
 def _read_rows(block: Encode, lambdas: Complex, psi: Complex, grad_rows: Real, n_wires: int) -> None:
     """Adds 2 Re <lambda|(-i/2) Z_w|psi> = Im <lambda|Z_w|psi>, which is the same before and behind the block."""
-    overlap = lambdas.real * psi.imag - lambdas.imag * psi.real
-    per_wire = overlap @ signs(n_wires)
+    overlap = lambdas.real * psi.imag
+    overlap -= lambdas.imag * psi.real
+    per_wire = z_sums(overlap, n_wires)
     for wire, column in block.entries:
         grad_rows[:, column] += per_wire[:, wire]
 
@@ -223,8 +225,8 @@ def _cross(lambdas: Complex, psi: Complex, wires: npt.NDArray[np.intp], n: int) 
             continue
         shape = (len(psi) << start, 1 << k, 1 << (n - start - k))
         left, right = (state.reshape(shape).swapaxes(0, 1).reshape(1 << k, -1) for state in (lambdas, psi))
-        matrix = (left.conj() @ right.T).reshape(-1)
-        per_wire[start : start + k] = (_marginals(k) @ matrix).reshape(k, 2, 2)
+        matrix = product(left, right.T, conjugate=True).reshape(-1, 1)
+        per_wire[start : start + k] = product(_marginals(k), matrix).reshape(k, 2, 2)
     return per_wire[wires]
 
 
@@ -240,13 +242,6 @@ def _marginals(k: int) -> Complex:
                     for b in (0, 1):
                         result[wire, a, b, rest | bit * a, rest | bit * b] = 1.0
     return result.reshape(4 * k, -1)
-
-
-@functools.cache
-def signs(n: int) -> Real:
-    """Eigenvalues of Z_i in the computational basis: `(2**n, n)`, wire 0 the most significant bit."""
-    bits = np.arange(1 << n)[:, None] >> np.arange(n - 1, -1, -1)[None, :]
-    return np.asarray(1.0 - 2.0 * (bits & 1))
 
 
 def _power(count: int) -> int:

@@ -32,7 +32,7 @@ class QuantumLayer(nn.Module):
         n_circuit_layers: layers of the ansatz.
         simulator: "aer", "torch" (statevector), or a stock PennyLane device: "qiskit.aer", "lightning.qubit",
             "default.qubit".
-        shots: samples of each circuit; None: exact expectation values.
+        shots: samples of each circuit, with simulator "aer" only; None: exact expectation values.
         embedding: key of `quantum.circuit.EMBEDDINGS`.
         ansatz: key of `quantum.circuit.ANSAETZE`.
         seed: of the samples.
@@ -44,7 +44,7 @@ class QuantumLayer(nn.Module):
         device_apis: where a planner may place the layer.
 
     Raises:
-        QuantumError: unknown names, `shots` below 1, sizes below 1, more qubits than memory.
+        QuantumError: unknown names, `shots` below 1 or elsewhere than on "aer", sizes below 1, more qubits than memory.
     """
 
     calls: torch.Tensor
@@ -65,13 +65,13 @@ class QuantumLayer(nn.Module):
         _check(n_qubits, n_circuit_layers, simulator, shots)
         circuit.lookup("embedding", embedding, circuit.EMBEDDINGS)
         shape = circuit.weight_shape(ansatz, n_qubits, n_circuit_layers)
-        check_memory(n_qubits)
+        check_memory(n_qubits, n_shifted=0 if shots is None else n_qubits + math.prod(shape))
         self.n_qubits, self.n_circuit_layers, self.simulator, self.shots = n_qubits, n_circuit_layers, simulator, shots
         self.embedding, self.ansatz, self.seed = embedding, ansatz, seed
         self.weights = nn.Parameter(2 * math.pi * torch.rand(shape, dtype=torch.float64, generator=generator))
         # The number of the next call chooses its samples, so it belongs to the state that a resumed run needs.
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=shots is not None)
-        self.device_apis = frozenset({"aer"})
+        self.device_apis = frozenset({"aer" if simulator in ("aer", "qiskit.aer") else "cpu"})
         self.executed = resources.Executed(shots=shots)
         self._execution = Execution(self)
 
@@ -177,7 +177,9 @@ def _check(n_qubits: int, n_circuit_layers: int, simulator: str, shots: int | No
             found=f"shots={shots}",
             expected="an integer of at least 1, or None for exact values",
         )
-    if shots is not None and simulator == "torch":
+    if shots is not None and simulator != "aer":
         raise QuantumError(
-            "the torch statevector has no samples", found=f"shots={shots}", remedy="use simulator='aer', or shots=None"
+            f"simulator '{simulator}' has no samples that follow from a seed",
+            found=f"shots={shots}",
+            remedy="use simulator='aer', or shots=None",
         )

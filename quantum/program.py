@@ -333,7 +333,8 @@ def compile_tape(tape: Any, wires: list[Any]) -> tuple[Program, list[tuple[int, 
     n_angles = n_columns = 0
     for op in tape.operations:
         places: list[tuple[int, bool, tuple[int, ...]]] = []
-        for value, ndim in zip(op.data, op.ndim_params or (), strict=False) if op.name != "QubitUnitary" else ():
+        followed = op.data and op.name != "QubitUnitary"  # gates that are products have no `ndim_params` at all
+        for value, ndim in zip(op.data, op.ndim_params, strict=True) if followed else ():
             shape = tuple(int(s) for s in np.shape(value))
             per_row = op.batch_size is not None and len(shape) > ndim
             inner = shape[1:] if per_row else shape

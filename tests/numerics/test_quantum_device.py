@@ -230,3 +230,91 @@ def test_a_device_pickles():
     simulator = pickle.loads(pickle.dumps(device(2)))
     node = qml.QNode(lambda: (qml.X(0), qml.expval(qml.Z(0)))[1], simulator)
     assert float(node()) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_circuits_with_equal_angles_on_one_device_keep_their_own_states(weight):
+    def rx_ry(x):
+        qml.RX(x[0], 0)
+        qml.RY(x[1], 0)
+        return qml.expval(qml.Z(0))
+
+    def ry_rx(x):
+        qml.RY(x[0], 0)
+        qml.RX(x[1], 0)
+        return qml.expval(qml.Z(0))
+
+    results = []
+    for simulator in (qml.device("default.qubit", wires=2), device(2)):
+        x = torch.tensor([0.4, 0.9], dtype=torch.float64, requires_grad=True)
+        nodes = [qml.QNode(f, simulator, interface="torch") for f in (rx_ry, ry_rx)]
+        (nodes[0](x) + weight * nodes[1](x)).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=TOLERANCE)
+
+
+def test_tapes_of_one_call_keep_their_own_states():
+    results = []
+    for simulator in (qml.device("default.qubit", wires=1), device(1)):
+        x = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        measurement = [qml.expval(qml.Z(0))]
+        tapes = [
+            qml.tape.QuantumScript([qml.RX(x, 0), qml.RY(x, 0)], measurement),
+            qml.tape.QuantumScript([qml.RY(x, 0), qml.H(0), qml.RX(x, 0)], measurement),
+        ]
+        values = qml.execute(tapes, simulator, diff_method="best", interface="torch")
+        (values[0] + 3.0 * values[1]).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=TOLERANCE)
+
+
+def prepared_basis(a):
+    qml.BasisState([1, 0], wires=[0, 1])
+    qml.RX(a, 0)
+
+
+def embedded_amplitudes(a):
+    qml.AmplitudeEmbedding([0.5, 0.5, 0.1, 0.7], wires=[0, 1], normalize=True)
+    qml.RX(a, 0)
+
+
+def product_of_gates(a):
+    qml.RX(a, 0)
+    qml.prod(qml.X(0), qml.Y(1))
+
+
+def layers_of_phases(a):
+    qml.H(0)
+    qml.H(1)
+    qml.BasicEntanglerLayers(a * torch.ones(2, 2, dtype=torch.float64), wires=[0, 1], rotation=qml.PhaseShift)
+    qml.H(0)
+
+
+@pytest.mark.parametrize("gates", [prepared_basis, embedded_amplitudes, product_of_gates, layers_of_phases])
+def test_ordinary_gates_of_other_people_pass(gates):
+    def circuit(a):
+        gates(a)
+        return qml.expval(qml.Z(0)), qml.expval(qml.X(0) @ qml.Z(1))
+
+    results = []
+    for simulator in (qml.device("default.qubit", wires=2), device(2)):
+        a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        values = torch.stack(qml.QNode(circuit, simulator, interface="torch")(a))
+        values.square().sum().backward()
+        results.append((values.detach(), a.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_coefficients_of_an_observable_can_be_trained():
+    def circuit(a, c):
+        qml.RX(a, 0)
+        return qml.expval(c * qml.Z(0) + 0.3 * qml.Y(0))
+
+    results = []
+    for simulator in (qml.device("default.qubit", wires=1), device(1)):
+        a, c = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 1.3))
+        qml.QNode(circuit, simulator, interface="torch")(a, c).backward()
+        results.append((a.grad, c.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)

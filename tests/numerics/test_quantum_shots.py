@@ -3,9 +3,13 @@
 import copy
 
 import numpy as np
+import pennylane as qml
 import torch
 
 import quantum
+from quantum import gradient
+from quantum.aer import plan
+from quantum.circuit import capture
 
 SHOTS = 64
 REPEATS = 400
@@ -39,6 +43,22 @@ def test_values_have_the_mean_and_variance_of_the_shots():
     assert float((ratio - 1).abs().max()) < 5 * np.sqrt(2 / REPEATS) * 1.3
 
 
+def shifted_variances(module, x, cotangent):
+    """Exact variances of all gradient components: each is sum_rows (e+ - e-)/2, e a mean of SHOTS samples of D g."""
+    tape = capture(3, 2, embedding="angle", ansatz="strongly_entangling", batch=2)
+    program, g = plan(tape, [0, 1, 2]).program, cotangent.numpy()
+    p, order = gradient.branches(
+        program, module.weights.detach().numpy().reshape(-1), x.numpy(), shared=True, per_row=True
+    )
+    outcomes = g @ np.stack([np.diag(qml.matrix(qml.Z(i), wire_order=range(3))).real for i in range(3)])
+    one_shot = (p * outcomes**2).sum(-1) - (p * outcomes).sum(-1) ** 2  # (angles, +-, rows)
+    variances = one_shot.sum(1) / (4 * SHOTS)
+    rows = {index: variances[k] for k, (is_row, index) in enumerate(order) if is_row}
+    angles = {index: variances[k].sum() for k, (is_row, index) in enumerate(order) if not is_row}
+    in_rows = np.stack([rows[i] for i in range(3)], axis=1).reshape(-1)
+    return torch.from_numpy(np.concatenate([in_rows, [angles[i] for i in range(len(angles))]]))
+
+
 def test_gradients_are_unbiased_and_have_the_variance_of_the_parameter_shift_rule():
     module, x = layer(), inputs()
     cotangent = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -53,13 +73,24 @@ def test_gradients_are_unbiased_and_have_the_variance_of_the_parameter_shift_rul
     values, twin = exact(module, leaf)
     (values * cotangent).sum().backward()
     truth = torch.cat([leaf.grad.reshape(-1), twin.weights.grad.reshape(-1)])
-    z = (estimates.mean(0) - truth) / (estimates.std(0) / np.sqrt(REPEATS))
+    variances = shifted_variances(module, x, cotangent)
+    is_random = variances > 1e-20  # the last rotation about Z changes no measurement: its gradient is 0, always
+    assert torch.equal(estimates[:, ~is_random], torch.zeros_like(estimates[:, ~is_random]))
+    z = ((estimates.mean(0) - truth) / (variances / REPEATS).sqrt())[is_random]
     # 30 components beyond 4.5 standard deviations: false alarm 2e-4
     assert float(z.abs().max()) < 4.5
-    # the derivative by an input is sum_j g_j (e+_j - e-_j)/2 with (sum_j |g_j|)^2 / 2 shots above its variance
-    bound = cotangent.abs().sum(1, keepdim=True).square().expand(4, 3).reshape(-1) / (2 * SHOTS)
-    assert bool((estimates.var(0)[:12] < 1.3 * bound).all())
-    assert bool((estimates.var(0)[:12] > 0).all())
+    # means of 64 shots are near normal: a variance of 400 values has a relative deviation of sqrt(2/400) = 0.071; 30
+    # of them beyond 5: false alarm 2e-5
+    ratio = (estimates.var(0) / variances)[is_random]
+    assert float((ratio - 1).abs().max()) < 5 * np.sqrt(2 / REPEATS)
+
+
+def test_samples_of_nothing_finite_are_not_a_number():
+    module, x = layer(), inputs()
+    x[1, 0] = torch.nan
+    values = module(x)
+    assert values[1].isnan().any()
+    assert values[[0, 2, 3]].isfinite().all()
 
 
 def test_samples_depend_on_seed_and_call_only():
@@ -105,14 +136,3 @@ def test_neither_numpy_nor_torch_global_generators_are_touched():
     layer()(inputs().requires_grad_()).sum().backward()
     assert np.array_equal(np.random.get_state()[1], np_state)  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), torch_state)
-
-
-def test_stock_devices_sample_too():
-    module = quantum.QuantumLayer(2, 1, simulator="default.qubit", shots=4000)
-    twin = quantum.QuantumLayer(2, 1)
-    twin.load_state_dict({"weights": module.weights.detach()})
-    leaves = [torch.full((2, 2), 0.3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    for m, leaf in zip((module, twin), leaves, strict=True):
-        m(leaf).sum().backward()
-    # each component is a sum of two shifted differences: deviation below sqrt(2 * 2 / 4 / 4000) = 0.016; six of them
-    assert float((leaves[0].grad - leaves[1].grad).abs().max()) < 0.1

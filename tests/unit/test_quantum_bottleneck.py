@@ -64,7 +64,14 @@ def test_twin_has_at_least_the_parameters_of_the_circuit_and_at_most_a_width_mor
     for n_layers in range(1, 31):
         circuit = 3 * n_qubits * n_layers
         twin = sum(p.numel() for p in quantum.TanhMLP(n_qubits, n_layers).parameters())
-        assert circuit <= twin <= circuit + n_qubits
+        assert twin == circuit + (n_qubits if n_layers % 2 else 0)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_twin_can_pass_all_its_inputs_on(n_layers):
+    twin = quantum.TanhMLP(4, n_layers, generator=generator())
+    jacobian = torch.autograd.functional.jacobian(twin, 0.3 * torch.ones(4))
+    assert int(torch.linalg.matrix_rank(jacobian)) == 4
 
 
 def test_twin_size_is_that_of_the_real_layer():

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+import tracemalloc
 
 import pytest
 import torch
 
 import quantum
-from quantum import resources
+from quantum import expectation, memory, resources
 from quantum.memory import check_memory
 
 
@@ -102,7 +103,9 @@ def test_every_gate_between_preparation_and_measurement_is_counted_at_aer():
         ({"shots": -5}, "shots=-5"),
         ({"embedding": "amplitudes"}, "angle"),
         ({"ansatz": "strong"}, "strongly_entangling"),
-        ({"simulator": "torch", "shots": 10}, "shots"),
+        ({"simulator": "torch", "shots": 10}, "simulator='aer'"),
+        ({"simulator": "default.qubit", "shots": 10}, "simulator='aer'"),
+        ({"simulator": "qiskit.aer", "shots": 10}, "simulator='aer'"),
     ],
 )
 def test_wrong_settings_are_refused_with_what_is_possible(options, part):
@@ -125,9 +128,37 @@ def test_inputs_that_do_not_fit_are_refused(inputs):
 def test_more_qubits_than_memory_name_bytes_needed_and_free():
     with pytest.raises(quantum.QuantumError, match=r"(?s)60 qubits.*bytes free.*bytes.*at most \d+ qubits"):
         quantum.QuantumLayer(60, 1)
-    assert check_memory(4) == 4 * 16 * 16
-    with pytest.raises(quantum.QuantumError):
-        check_memory(20, rows=2**40)
+    with pytest.raises(quantum.QuantumError, match="30 qubits"):
+        quantum.QuantumLayer(30, 8, shots=10)
+
+
+def test_a_control_groups_limit_bounds_what_is_free(tmp_path, monkeypatch):
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_GROUPS", ((str(limit), str(used)),))
+    used.write_text("1000000\n")
+    limit.write_text("max\n")
+    without = memory.free_bytes()
+    limit.write_text("3000000\n")
+    assert memory.free_bytes() == 2_000_000 < without
+    with pytest.raises(quantum.QuantumError, match="at most 13 qubits"):  # 2 MB / 11 states of 16 B
+        quantum.QuantumLayer(14, 1)
+
+
+@pytest.mark.parametrize(("n_qubits", "shots"), [(15, None), (16, None), (12, 3), (13, 3)])
+def test_no_more_memory_is_used_than_was_asked_for(n_qubits, shots, monkeypatch):
+    # what waits for a backward pass has a limit of its own
+    monkeypatch.setattr(expectation, "KEEP_BYTES", 0)
+    monkeypatch.setattr(expectation, "RECORD_BYTES", 0)
+    module = quantum.QuantumLayer(n_qubits, 1, shots=shots)
+    tracemalloc.start()
+    try:
+        module(torch.zeros(1, n_qubits, dtype=torch.float64, requires_grad=True)).sum().backward()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    peak += 2 * (16 << n_qubits)  # copies of two states by torch, which tracemalloc doesn't see
+    allowed = check_memory(n_qubits, n_shifted=0 if shots is None else 4 * n_qubits)
+    assert 0.3 * allowed < peak < allowed + 200_000  # Python's own objects
 
 
 def test_executed_circuits_are_those_of_the_parameter_shift_rule():
@@ -172,6 +203,22 @@ def test_cost_on_hardware_is_an_estimate_with_date_and_source():
     assert cost["source"]
     with pytest.raises(quantum.QuantumError, match="braket"):
         quantum.qpu_cost({}, "nobody")
+
+
+@pytest.mark.parametrize(("simulator", "api"), [("aer", "aer"), ("qiskit.aer", "aer"), ("torch", "cpu")])
+def test_a_layer_runs_where_its_simulator_does(simulator, api):
+    assert layer(simulator=simulator).device_apis == {api}
+
+
+def test_without_gradients_no_state_waits_for_a_backward_pass(monkeypatch):
+    kept = []
+    real = expectation.values
+    monkeypatch.setattr(expectation, "values", lambda *a, keep: kept.append(keep) or real(*a, keep=keep))
+    module = layer()
+    with torch.no_grad():
+        module(torch.zeros(2, 3))
+    module(torch.zeros(2, 3))
+    assert kept == [False, True]
 
 
 def test_layer_cost_is_measured_here_and_refused_elsewhere():
