@@ -79,6 +79,7 @@ def save(
         "config": dict(config or {}),
         "extra": dict(extra),
     }
+    body = json.loads(json.dumps(body))  # as it will be read: keys are texts, and sorted as such
     text = json.dumps({"body": body, "body_sha256": _digest(body)}, indent=1).encode()
     target = folder / f"step-{step:08d}.json"
     try:

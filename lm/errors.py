@@ -27,10 +27,10 @@ class DataError(LMError):
 
 
 class NonFiniteError(LMError):
-    """A loss or gradient became NaN or infinite; raised before the update, so the weights are still good.
+    """A loss or gradient became NaN or infinite.
 
     Attributes:
-        step: the step whose update did not take place.
+        step: the step whose update did not take place, or after which the validation failed.
         parameter: name of the parameter with the worst gradient, or "" where the loss itself is not finite.
     """
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm.errors import SettingError
 
 
-class Layered(Protocol):
+class Decoder(Protocol):
     """A model or a placed model."""
 
-    def layers(self) -> list[tuple[str, nn.Module]]:
-        """Units in order; each offers `new_cache(batch_size, dtype)` and `decode(x, cache, position)`."""
+    def new_cache(self, batch_size: int) -> Any:
+        """What `decode` remembers of the tokens before: of none yet."""
+
+    def decode(self, tokens: Tensor, cache: Any, position: Tensor) -> tuple[Tensor, Any]:
+        """Logits (B, T, V) of tokens (B, T) that start at `position` () int64, and the cache with them in it."""
 
 
 @torch.no_grad()
 def generate(
-    model: Layered,
+    model: Decoder,
     tokens: Tensor,
     n: int,
     *,
@@ -34,7 +37,7 @@ def generate(
     holds what was computed; beyond, each new token moves all positions, so the window is computed anew.
 
     Args:
-        model: anything with `layers()`.
+        model: an `lm.Transformer`, or one that is placed; its stages then decode on their devices.
         tokens: (B, T) int64 with T >= 1; of a longer prompt than `seq_len` the model sees the end.
         n: number of tokens to append.
         generator: source of the draws (CPU); None: torch's default generator. Not used where temperature is 0.
@@ -50,44 +53,17 @@ def generate(
     """
     _check(tokens, n, temperature, top_k)
     window = _window(model, seq_len)
-    units = [unit for _, unit in model.layers()]
-    dtype, devices = _dtype(units), _devices(units, tokens.device)
-    caches: list[Any] = []
-    used = 0  # tokens in the caches
+    cache, used = None, 0  # `used` tokens are in the cache
     for _ in range(n):
-        if tokens.shape[1] > window or not caches:
-            caches = [cast("Any", unit).new_cache(tokens.shape[0], dtype) for unit in units]
-            new, used = tokens[:, -window:], 0
+        if tokens.shape[1] > window or cache is None:
+            cache, used = model.new_cache(tokens.shape[0]), 0
+            new = tokens[:, -window:]
         else:
             new = tokens[:, used:]
-        logits_BV = _decode(units, devices, caches, new, used)
+        logits_BTV, cache = model.decode(new, cache, torch.tensor(used))
         used += new.shape[1]
-        tokens = torch.cat([tokens, _choose(logits_BV, generator, temperature, top_k).to(tokens.device)], dim=1)
+        tokens = torch.cat([tokens, _choose(logits_BTV[:, -1], generator, temperature, top_k).to(tokens.device)], dim=1)
     return tokens
-
-
-def _decode(
-    units: list[nn.Module], devices: list[torch.device], caches: list[Any], tokens_BT: Tensor, position: int
-) -> Tensor:
-    """Logits (B, V) after the last of these tokens, which start at `position`."""
-    x = tokens_BT
-    for unit, device, cache in zip(units, devices, caches, strict=True):
-        x = cast("Any", unit).decode(x.to(device), cache, position)
-    return x[:, -1]
-
-
-def _dtype(units: list[nn.Module]) -> torch.dtype:
-    """The model's floating-point type, that of its first parameter."""
-    return next((p.dtype for unit in units for p in unit.parameters()), torch.get_default_dtype())
-
-
-def _devices(units: list[nn.Module], device: torch.device) -> list[torch.device]:
-    """Where each unit's parameters live; a unit without any works where its input is."""
-    devices = []
-    for unit in units:
-        device = next((p.device for p in unit.parameters()), device)
-        devices.append(device)
-    return devices
 
 
 def _choose(logits_BV: Tensor, generator: torch.Generator | None, temperature: float, top_k: int | None) -> Tensor:
@@ -102,11 +78,8 @@ def _choose(logits_BV: Tensor, generator: torch.Generator | None, temperature: f
     return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
 
 
-def _window(model: Layered, seq_len: int | None) -> int:
-    if seq_len is not None:
-        return seq_len
-    config = getattr(model, "config", None) or model.layers()[0][1]
-    found = getattr(config, "seq_len", None)
+def _window(model: Decoder, seq_len: int | None) -> int:
+    found = getattr(getattr(model, "config", None), "seq_len", None) if seq_len is None else seq_len
     if found is None:
         raise SettingError("the model doesn't say how long its sequences may be", remedy="give seq_len")
     return int(found)

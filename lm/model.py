@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,11 +136,8 @@ class Dropout(nn.Module):
 # --- the units --------------------------------------------------------------------------------------------------------
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, each (B, N, seq_len, H), filled from the left."""
-
-    keys: Tensor
-    values: Tensor
+Cache = tuple[Tensor, ...]
+"""What a unit remembers of the tokens so far; () where it remembers nothing. Its shapes never change."""
 
 
 class Embedding(nn.Module):
@@ -162,14 +159,14 @@ class Embedding(nn.Module):
         """Longest sequence."""
         return self.position.num_embeddings
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype) -> None:
-        """None: the unit remembers nothing."""
-        return
+    def new_cache(self, batch_size: int) -> Cache:
+        """Nothing."""
+        return ()
 
-    def decode(self, tokens_BT: Tensor, cache: object, position: int) -> Tensor:
-        """Embed tokens that start at `position`."""
-        end = position + tokens_BT.shape[1]
-        return cast("Tensor", self.token(tokens_BT) + self.position.weight[position:end])
+    def decode(self, tokens_BT: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
+        """Embed tokens that start at `position` () int64."""
+        places_T = position + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return self.token(tokens_BT) + self.position(places_T), ()
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """FLOP of a forward pass over tokens of this (B, T)."""
@@ -201,23 +198,28 @@ class CausalSelfAttention(nn.Module):
         q_BNTH, k_BNTH, v_BNTH = self._split(x_BTD)
         return self._merge(scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True))
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype) -> Cache:
-        """Room for `seq_len` tokens of each of `batch_size` sequences."""
+    def new_cache(self, batch_size: int) -> Cache:
+        """Keys and values, each (B, N, seq_len, H), of no token yet."""
         weight = self.proj.weight
         shape = (batch_size, self.n_head, self.seq_len, weight.shape[0] // self.n_head)
-        return Cache(weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype))
+        return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def decode(self, x_BTD: Tensor, cache: Cache, position: int) -> Tensor:
-        """Attend from tokens that start at `position` to themselves and to the cache, and append them to it."""
+    def decode(self, x_BTD: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
+        """Attend from tokens that start at `position` () int64 to themselves and to the cache, which they join.
+
+        All shapes are those of the whole cache, and nothing is written in place: one compiled graph serves all
+        positions. S = seq_len.
+        """
         q_BNTH, k_BNTH, v_BNTH = self._split(x_BTD)
-        T, end = x_BTD.shape[1], position + x_BTD.shape[1]
-        cache.keys[:, :, position:end] = k_BNTH
-        cache.values[:, :, position:end] = v_BNTH
-        seen = None  # token t sees 0 .. position + t: the last one all, the others by a mask
-        if T > 1:
-            seen = torch.ones(T, end, dtype=torch.bool, device=x_BTD.device).tril(position)
-        k_BNSH, v_BNSH = cache.keys[:, :, :end], cache.values[:, :, :end]
-        return self._merge(scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=seen))
+        slot_S1 = torch.arange(self.seq_len, device=x_BTD.device).view(-1, 1)
+        token_T = position + torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        is_new_S1 = (slot_S1 >= position) & (slot_S1 < position + x_BTD.shape[1])
+        into_ST = (slot_S1 == token_T).to(k_BNTH.dtype)
+        k_BNSH = torch.where(is_new_S1, into_ST @ k_BNTH, cache[0])
+        v_BNSH = torch.where(is_new_S1, into_ST @ v_BNTH, cache[1])
+        scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * q_BNTH.shape[-1] ** -0.5
+        weights_BNTS = scores_BNTS.masked_fill(slot_S1.view(1, -1) > token_T.view(-1, 1), -torch.inf).softmax(-1)
+        return self._merge(weights_BNTS @ v_BNSH), (k_BNSH, v_BNSH)
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """FLOP of a forward pass over (B, T, D): two matrix products outside and two inside the attention.
@@ -265,17 +267,17 @@ class Residual(nn.Module):
         y_BTD = self.inner(self.norm(x_BTD), context)
         return x_BTD + cast("Tensor", self.dropout(y_BTD, context))
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype) -> Any:
-        """The inner module's cache, None where it remembers nothing."""
+    def new_cache(self, batch_size: int) -> Cache:
+        """The inner module's cache, () where it remembers nothing."""
         new_cache = getattr(self.inner, "new_cache", None)
-        return None if new_cache is None else new_cache(batch_size, dtype)
+        return () if new_cache is None else cast("Cache", new_cache(batch_size))
 
-    def decode(self, x_BTD: Tensor, cache: Any, position: int) -> Tensor:
-        """The unit for tokens that start at `position`; earlier ones are in the cache."""
+    def decode(self, x_BTD: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
+        """The unit for tokens that start at `position` () int64; earlier ones are in the cache."""
         y_BTD = self.norm(x_BTD)
         decode = getattr(self.inner, "decode", None)
-        y_BTD = self.inner(y_BTD, None) if decode is None else decode(y_BTD, cache, position)
-        return x_BTD + cast("Tensor", y_BTD)
+        y_BTD, cache = (self.inner(y_BTD, None), ()) if decode is None else decode(y_BTD, cache, position)
+        return x_BTD + y_BTD, cache
 
     # The inner module's own statements. Where it lacks one, the AttributeError makes `hasattr(unit, ...)` False.
     @property
@@ -306,13 +308,13 @@ class Head(nn.Module):
         """Logits [nat, up to a constant]."""
         return cast("Tensor", self.linear(self.norm(x_BTD)))
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype) -> None:
-        """None: the unit remembers nothing."""
-        return
+    def new_cache(self, batch_size: int) -> Cache:
+        """Nothing."""
+        return ()
 
-    def decode(self, x_BTD: Tensor, cache: object, position: int) -> Tensor:
+    def decode(self, x_BTD: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
         """The same as `forward`."""
-        return self.forward(x_BTD)
+        return self.forward(x_BTD), ()
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """FLOP of a forward pass over (B, T, D): one matrix product."""
@@ -400,6 +402,18 @@ class Transformer(nn.Module):
         for _, unit in self.layers():
             x = unit(x, context)
         return x
+
+    def new_cache(self, batch_size: int) -> list[Cache]:
+        """The caches of all units, for `decode`."""
+        return [cast("Any", unit).new_cache(batch_size) for _, unit in self.layers()]
+
+    def decode(self, tokens_BT: Tensor, caches: list[Cache], position: Tensor) -> tuple[Tensor, list[Cache]]:
+        """Logits (B, T, V) of tokens that start at `position` () int64, and the caches with these tokens in them."""
+        x, after = tokens_BT, []
+        for (_, unit), cache in zip(self.layers(), caches, strict=True):
+            x, cache = cast("Any", unit).decode(x, cache, position)  # noqa: PLW2901
+            after.append(cache)
+        return x, after
 
 
 def _block(config: ModelConfig, i: int) -> nn.ModuleDict:

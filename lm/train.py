@@ -18,6 +18,8 @@ from lm.model import Transformer, loss, trainable_parameters
 StepFn = Callable[[Batch], float]
 EvaluateFn = Callable[[str], float]
 
+_REMEDY = "start again with a lower learning_rate or more warmup_steps"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -124,7 +126,8 @@ def train(
         The state after the last step.
 
     Raises:
-        NonFiniteError: a loss or a gradient is NaN or infinite; weights are those before the step.
+        NonFiniteError: a loss or a gradient is NaN or infinite, and weights are those before the step; or the
+            validation after the step is, and `on_event` isn't told of it.
     """
     state = start or start_training(model, config)
     run_step = step_fn or (lambda batch: autograd_step(model, batch))
@@ -153,6 +156,8 @@ def train(
         state.step += 1
         is_due = state.step % config.eval_every == 0 or state.step == config.steps
         val_loss = run_evaluation("val") if is_due else None
+        if val_loss is not None and not math.isfinite(val_loss):
+            raise _non_finite_evaluation(state.step, val_loss)
         if on_event is not None:
             on_event(Step(state.step, step_loss, lr, grad_norm, val_loss, t2 - t1, t3 - t2, t1 - t0))
     return state
@@ -208,6 +213,11 @@ def evaluate(model: Transformer, corpus: Corpus, split: str, batch_size: int) ->
     return nats / count
 
 
+def _non_finite_evaluation(step: int, val_loss: float) -> NonFiniteError:
+    message = f"the validation after step {step} gave a loss of {val_loss}"
+    return NonFiniteError(message, step=step, remedy=_REMEDY)
+
+
 def _non_finite(model: nn.Module, step: int, step_loss: float, grad_norm: float) -> NonFiniteError:
     """The error, with the parameter whose gradient is worst: most NaN or infinite elements, then largest element."""
     worst = ("", 0.0, 0.0)
@@ -226,5 +236,5 @@ def _non_finite(model: nn.Module, step: int, step_loss: float, grad_norm: float)
         step=step,
         parameter=name,
         found=where,
-        remedy="lower learning_rate or lengthen warmup_steps; the last checkpoint is good",
+        remedy=_REMEDY,
     )

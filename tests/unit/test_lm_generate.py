@@ -49,27 +49,12 @@ def test_greedy_tokens_equal_those_without_a_cache(B: int, T: int) -> None:
 def test_logits_with_a_cache_equal_those_of_the_whole_sequence(pieces: tuple[int, ...]) -> None:
     model, tokens = _model(), _prompt(2, 10)
     model.replace_inner("block1.mlp", _Tanh())
-    units = [unit for _, unit in model.layers()]
-    caches = [unit.new_cache(2, torch.float32) for unit in units]
-    position, logits = 0, []
+    cache, position, logits = model.new_cache(2), 0, []
     for n in pieces:
-        x = tokens[:, position : position + n]
-        for unit, cache in zip(units, caches, strict=True):
-            x = unit.decode(x, cache, position)
-        logits.append(x)
+        part, cache = model.decode(tokens[:, position : position + n], cache, torch.tensor(position))
+        logits.append(part)
         position += n
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens), rtol=1e-5, atol=1e-5)
-
-
-def test_any_object_with_layers_can_generate() -> None:
-    model = _model()
-
-    class Placed:
-        def layers(self) -> list[tuple[str, nn.Module]]:
-            return model.layers()
-
-    tokens = _prompt(1, 3)
-    assert torch.equal(lm.generate(Placed(), tokens, 9, temperature=0), lm.generate(model, tokens, 9, temperature=0))
 
 
 def test_a_float64_model_generates() -> None:

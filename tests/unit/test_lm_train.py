@@ -180,10 +180,14 @@ def test_a_loss_that_is_not_finite_names_step_and_parameter(corpus: lm.Corpus) -
     assert caught.value.parameter != ""
 
 
-def test_a_huge_learning_rate_ends_in_an_error_and_finite_weights(corpus: lm.Corpus) -> None:
-    model = _model(corpus)
-    with pytest.raises(lm.NonFiniteError):
-        lm.train(model, corpus, _config(steps=50, learning_rate=1e30, warmup_steps=0), seed=0)
+@pytest.mark.parametrize("steps", [1, 50])
+def test_a_huge_learning_rate_ends_in_an_error_and_finite_weights(corpus: lm.Corpus, steps: int) -> None:
+    model, told = _model(corpus), []
+    config = _config(steps=steps, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(lm.NonFiniteError, match="validation" if steps == 1 else "stopped before its update"):
+        lm.train(model, corpus, config, seed=0, on_event=told.append)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert all(event.val_loss is None or math.isfinite(event.val_loss) for event in told)
 
 
 @pytest.mark.parametrize(
