@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -86,16 +87,17 @@ def _interleaved(
     model = arms.build(config, arm, config.seeds[0], setting.corpus.tokenizer.vocab_size)
     times: dict[Stages, list[float]] = {stages: [] for stages in placements}
     with contextlib.ExitStack() as stack:
+        copies = {stages: copy.deepcopy(model) for stages in placements}  # placing moves a model to its devices
         placed = {
             stages: stack.enter_context(
-                hetero.place_stages(model, stages, setting.topology, loss=lm.loss, n_microbatches=m)
+                hetero.place_stages(one, stages, setting.topology, loss=lm.loss, n_microbatches=m)
             )
-            for stages in placements
+            for stages, one in copies.items()
         }
         for step in range(WARM_UP + steps):
             batch = planning.example_batch(setting, step)
             for stages, one in placed.items():
-                model.zero_grad()
+                copies[stages].zero_grad()
                 start = time.perf_counter()
                 one.step(batch)
                 if step >= WARM_UP:

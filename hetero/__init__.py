@@ -1,11 +1,11 @@
 """Devices, costs, plans and execution: any sequence of modules, placed on what is there.
 
 Example:
-    topology = hetero.discover()
-    costs = hetero.profile(model.layers(), batch, topology, n_microbatches=8)
+    topology = hetero.discover(["cpu", "opencl:0.1"])
+    costs = hetero.profile(model.layers(), batch, topology, n_microbatches=8, loss=loss)
     plan = hetero.plan(costs, topology, objective="train_step")
-    with hetero.place(model, plan) as placed:
-        loss = placed.step(batch)
+    with hetero.place(model, plan, loss=loss) as placed:
+        mean = placed.step(batch)
 """
 
 from hetero.cost import Costs, LayerCost, LayerTime, StageOverhead

@@ -12,9 +12,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def folder() -> Path:
@@ -33,14 +37,17 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
-def read(kind: str, name: str) -> Any:
-    """The value stored as `name` in the subfolder `kind`; None where there is no readable one."""
+def read(kind: str, name: str, parse: Callable[[Any], _T]) -> _T | None:
+    """What `parse` makes of the JSON value stored as `name` in the subfolder `kind`.
+
+    None where there is no readable one, or one of another form: for which `parse` raises.
+    """
     path = folder() / kind / f"{name}.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         _log.warning("cache entry %s is unreadable and will be made anew: %s", path, error)
         return None
 

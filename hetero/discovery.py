@@ -30,11 +30,13 @@ def discover(names: Sequence[str] | None = None, subdevices: bool = True) -> Top
 
     Args:
         names: these alone, to plan and run with: the cpu then gets the host's cores without those of the chosen OpenCL
-            devices that compute on the host. None: all devices, overlapping ones too, for a list.
+            devices that compute on the host. None: all devices, overlapping ones too, each with all its cores: for a
+            list, since a plan among them would give the cpu no core of its own.
         subdevices: whether the parts of an OpenCL device are listed; names may mention them in any case.
 
     Returns:
-        Devices with their stored measurements, if there are any, and the runtimes that are unusable.
+        Devices with their stored measurements, if there are any, and the runtimes that are unusable. None that uses the
+        host's memory has more of it than the cpu, whose figure heeds the control group's limit.
 
     Raises:
         DeviceError: a name does not exist, or two names are the same hardware.
@@ -51,8 +53,19 @@ def discover(names: Sequence[str] | None = None, subdevices: bool = True) -> Top
     }
     order = {"cpu": 0, "cuda": 1, "opencl": 2}
     devices.sort(key=lambda device: order.get(device.api, len(order)))
-    topology = Topology(tuple(devices), absences=tuple(absences[api] for api in sorted(absences)))
+    topology = Topology(tuple(_within_host(devices)), absences=tuple(absences[api] for api in sorted(absences)))
     return topology if names is None else _choose(topology, list(dict.fromkeys(names)))
+
+
+def _within_host(devices: list[Device]) -> list[Device]:
+    cpu = next(device for device in devices if device.api == "cpu")
+    source = {"memory_bytes": cpu.provenance["memory_bytes"]}
+    return [
+        dataclasses.replace(device, memory_bytes=cpu.memory_bytes, provenance=device.provenance | source)
+        if device.memory_pool == "host" and device.memory_bytes > cpu.memory_bytes
+        else device
+        for device in devices
+    ]
 
 
 def _choose(topology: Topology, names: list[str]) -> Topology:
@@ -100,13 +113,13 @@ def measure(device: Device) -> Device:
 
 
 def _with_stored_measurement(device: Device) -> Device:
-    stored = cache.read("devices", _measurement_key(device))
-    return device if stored is None else _measured(device, stored)
+    return cache.read("devices", _measurement_key(device), lambda stored: _measured(device, stored)) or device
 
 
 def _measured(device: Device, stored: dict[str, Any]) -> Device:
-    provenance = {name: f"measured {stored['date']}" for name, value in stored["figures"].items() if value is not None}
-    return dataclasses.replace(device, **stored["figures"], provenance=device.provenance | provenance)
+    figures = {name: float(value) for name, value in stored["figures"].items() if value is not None}
+    provenance = dict.fromkeys(figures, f"measured {stored['date']}")
+    return dataclasses.replace(device, **figures, provenance=device.provenance | provenance)  # type: ignore[arg-type]
 
 
 def _measurement_key(device: Device) -> str:

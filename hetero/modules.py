@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from hetero.device import Device
 
 
+_TORCHS_OWN = vars(nn.Module()).keys() - {"training"}
+"""Attributes that every module has: parameters, parts, hooks."""
+
+
 def apis_of(module: nn.Module) -> frozenset[str] | None:
     """Runtimes that can execute all of the module's parts: what those with `device_apis` have in common.
 
@@ -80,21 +84,24 @@ def saved_bytes(module: nn.Module, x: Tensor, context: Context) -> int:
 
 
 def signature(module: nn.Module) -> list[Any]:
-    """Equal for modules that are built alike, whatever their weights: classes, shapes, settings."""
+    """Equal for modules that are built alike, whatever their weights: classes, shapes, settings (private ones too)."""
     return [
         [
             name,
             f"{type(part).__module__}.{type(part).__qualname__}",
             [(k, list(t.shape), str(t.dtype), t.requires_grad) for k, t in part.named_parameters(recurse=False)],
             [(k, list(t.shape), str(t.dtype)) for k, t in part.named_buffers(recurse=False)],
-            sorted((k, repr(v)) for k, v in vars(part).items() if not k.startswith("_") and _is_setting(v)),
+            sorted((k, repr(v)) for k, v in vars(part).items() if k not in _TORCHS_OWN and _is_setting(v)),
         ]
         for name, part in module.named_modules()
     ]
 
 
 def _is_setting(value: object) -> bool:
-    if isinstance(value, tuple):
+    """Whether a value is plain, all the way down."""
+    if isinstance(value, dict):
+        return all(_is_setting(item) for pair in value.items() for item in pair)
+    if isinstance(value, (tuple, list)):
         return all(_is_setting(item) for item in value)
     parameters: Any = getattr(type(value), "__dataclass_params__", None)
     is_frozen = parameters is not None and bool(parameters.frozen)

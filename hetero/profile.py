@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from hetero.roofline import roofline
 from hetero.runtime.calibration import Layer, add_slowdown, on_device
 from hetero.runtime.measurement import handover_s
 from hetero.runtime.pipeline import Batch, split
-from hetero.runtime.stage import TARGETS, Loss
+from hetero.runtime.stage import TARGETS, Chain, Loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,14 +51,15 @@ def profile(
 
     Args:
         layers: of the chain, each called `module(x, context) -> x`.
-        batch: B rows, of which one micro-batch is used.
+        batch: B rows, of which one micro-batch is used, the largest: ceil(B / n_microbatches) rows.
         topology: of the devices; simulated ones are priced by the roofline.
         n_microbatches: parts a step is cut into.
-        loss: (output, targets) -> mean; the last layer's times include it. None: they don't.
+        loss: (output, targets) -> mean; the last layer's times and saved bytes include it. None: they don't.
         refresh: measure again what is stored.
 
     Raises:
         DeviceError: a device's runtime is unusable, or a simulated device lacks the figures for a roofline.
+        ValueError: the batch has fewer rows than micro-batches, or no target that counts.
     """
     copies = [(name, copy.deepcopy(module)) for name, module in layers]  # theirs: gradients, counters, the device
     chain = _prepare(copies, batch, n_microbatches, loss)
@@ -66,12 +67,13 @@ def profile(
     times: dict[str, dict[str, LayerTime]] = {}
     overheads: dict[str, StageOverhead] = {}
     for device in topology.devices:
-        usable = [layer for layer in chain if can_run(layer.module, device)]
         if device.simulated:
             times[device.name] = {
-                layer.name: roofline(layer.module, layer.x, layer.output_bytes, device) for layer in usable
+                layer.name: roofline(layer.module, layer.x, layer.output_bytes, cost.flops, device)
+                for layer, cost in zip(chain, costs, strict=True)
+                if can_run(layer.module, device)
             }
-        elif usable:
+        elif any(can_run(layer.module, device) for layer in chain):
             times[device.name], overheads[device.name] = on_device(chain, device, n_microbatches, refresh=refresh)
     overheads = add_slowdown(overheads, times, chain, topology, n_microbatches, refresh=refresh)
     return Costs(
@@ -86,12 +88,15 @@ def _prepare(
     layers: Sequence[tuple[str, nn.Module]], batch: Batch, n_microbatches: int, loss: Loss | None
 ) -> list[Layer]:
     """Run one micro-batch through the chain on the host and note each layer's input."""
+    if (rows := batch.inputs.shape[0]) < n_microbatches:
+        raise ValueError(f"a batch of {rows} rows has no {n_microbatches} micro-batches")
     part = split(batch, n_microbatches)[0]
-    x, chain = part.inputs, []
-    plain = {key: value for key, value in part.context.items() if key != TARGETS}
+    x, chain = part.inputs.clone(), []  # copies: what autograd keeps of a view counts as all that it is a view of
+    everything = {key: value.clone() for key, value in part.context.items()}
+    plain = {key: value for key, value in everything.items() if key != TARGETS}
     for i, (name, module) in enumerate(layers):
         layer_loss = loss if i == len(layers) - 1 else None
-        context = plain if layer_loss is None else part.context
+        context = plain if layer_loss is None else everything
         with torch.no_grad():
             y = module(x, plain)
         shapes = [list(x.shape), str(x.dtype), sorted((k, list(v.shape), str(v.dtype)) for k, v in context.items())]
@@ -108,13 +113,14 @@ def _name(loss: Loss | None) -> str:
 def _cost(layer: Layer) -> LayerCost:
     apis = apis_of(layer.module)
     parameters = list(layer.module.parameters())
+    whole = layer.module if layer.loss is None else Chain([layer.module], layer.loss)
     return LayerCost(
         name=layer.name,
         apis=None if apis is None else tuple(sorted(apis)),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trainable_bytes=sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
         output_bytes=layer.output_bytes,
-        saved_bytes=saved_bytes(layer.module, layer.x, layer.context),
+        saved_bytes=saved_bytes(whole, layer.x, layer.context),
         flops=forward_flops(layer.module, layer.x, layer.context),
         times={},
     )
@@ -133,9 +139,15 @@ def _transfers(topology: Topology, chain: list[Layer], *, refresh: bool) -> dict
             if source.name == target.name or source.overlaps(target):
                 continue
             name = cache.key("transfer", [(d.name, d.cores, d.driver) for d in (source, target)], torch.__version__)
-            stored = None if refresh else cache.read("profile", name)
+            stored = None if refresh else cache.read("profile", name, _transfer)
             if stored is None:
-                stored = handover_s(source, target, chain[0].output_bytes)
+                latency, bandwidth = handover_s(source, target, chain[0].output_bytes)
+                stored = latency, bandwidth or ZERO_COPY_BANDWIDTH
                 cache.write("profile", name, stored)
-            result[f"{source.name}->{target.name}"] = (stored[0], stored[1] or ZERO_COPY_BANDWIDTH)
+            result[f"{source.name}->{target.name}"] = stored
     return result
+
+
+def _transfer(stored: Any) -> tuple[float, float]:
+    latency, bandwidth = stored
+    return float(latency), float(bandwidth)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hetero.cost import LayerTime
 from hetero.errors import DeviceError
-from hetero.modules import forward_flops, stated_cost
+from hetero.modules import stated_cost
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ ROOFLINE_ERROR = 0.5
 """Half width of the interval around a roofline's time: layers reach a third to all of a peak (a judgement)."""
 
 
-def roofline(module: nn.Module, x: Tensor, output_bytes: int, device: Device) -> LayerTime:
+def roofline(module: nn.Module, x: Tensor, output_bytes: int, flops: float, device: Device) -> LayerTime:
     """Predicted time of a layer on a device known by its figures alone.
 
     The larger of compute time and memory time, plus one launch; the backward pass computes twice as much (gradients of
@@ -27,6 +27,7 @@ def roofline(module: nn.Module, x: Tensor, output_bytes: int, device: Device) ->
         module: the layer.
         x: its input for one micro-batch.
         output_bytes: size of its output [B].
+        flops: of its forward pass, where the module states none for this device [FLOP].
         device: with `flops` and `bandwidth`.
 
     Raises:
@@ -45,7 +46,7 @@ def roofline(module: nn.Module, x: Tensor, output_bytes: int, device: Device) ->
             found=f"flops: {device.flops}, bandwidth: {device.bandwidth}",
             remedy="give both in the topology file",
         )
-    flops = stated.get("flops") or forward_flops(module, x, {})
+    flops = stated.get("flops") or flops
     parameters = sum(p.numel() * p.element_size() for p in module.parameters())
     nbytes = stated.get("bytes") or parameters + x.numel() * x.element_size() + output_bytes
     busy = max(flops / device.flops, nbytes / device.bandwidth)

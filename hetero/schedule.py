@@ -74,12 +74,12 @@ class Schedule:
     in_flight: tuple[int, ...]
 
 
-def simulate(plan: Plan, topology: Topology, *, schedule: str | None = None) -> Schedule:
+def simulate(plan: Plan, topology: Topology | None = None, *, schedule: str | None = None) -> Schedule:
     """The predicted schedule of one step of a plan.
 
     Args:
         plan: its stages may also share devices.
-        topology: says which devices share cores.
+        topology: says which devices share cores; None: those of the plan do, for which it was priced.
         schedule: `gpipe` or `1f1b`; None: the plan's. Objectives other than `train_step` have forward passes only, and
             `latency` has one micro-batch.
 
@@ -89,7 +89,7 @@ def simulate(plan: Plan, topology: Topology, *, schedule: str | None = None) -> 
     return simulate_stages(
         plan.stages,
         [transfer.seconds for transfer in plan.transfers],
-        {stage.device: topology.device(stage.device).cores for stage in plan.stages},
+        {s.device: s.cores if topology is None else topology.device(s.device).cores for s in plan.stages},
         1 if plan.objective == "latency" else plan.n_microbatches,
         schedule=schedule or plan.schedule,
         backward=plan.objective == "train_step",

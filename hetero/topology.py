@@ -26,7 +26,6 @@ class Link:
         target: likewise.
         latency_s: time of an empty transfer [s].
         bandwidth: sustained [B/s]; `inf` where nothing has to be copied.
-        duplex: `full`: both directions at once at full speed; `half`: they share it.
         provenance: where the figures come from.
     """
 
@@ -34,7 +33,6 @@ class Link:
     target: str
     latency_s: float
     bandwidth: float
-    duplex: str = "full"
     provenance: str = ""
 
     def seconds(self, nbytes: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -34,10 +35,11 @@ def read(path: Path) -> Topology:
         raise DeviceError(f"can't read the topology {path}", found=error.strerror or str(error)) from None
     except UnicodeDecodeError as error:
         raise DeviceError(f"can't read the topology {path}", found=str(error), expected="UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # a character that YAML forbids has none
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise DeviceError(f"{where}: {error.problem}", expected="a YAML file") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise DeviceError(f"{where}: {problem}", expected="a YAML file") from None
     reader = _Reader(path)
     topology = reader.topology(root)
     if reader.faults:
@@ -51,6 +53,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.faults: list[str] = []
+        self.links: list[tuple[yaml.Node, str, Link]] = []
 
     def fault(self, node: yaml.Node | None, key: str, text: str) -> None:
         line, column = (node.start_mark.line + 1, node.start_mark.column + 1) if node else (1, 1)
@@ -61,11 +64,18 @@ class _Reader:
         devices = [device for group in sections.get("devices", []) if group for device in group]
         if not devices and not self.faults:
             self.fault(root, "devices", "there are none; expected a list")
-        links = [link for link in sections.get("links", []) if link is not None]
         if twice := sorted({d.name for d in devices if [e.name for e in devices].count(d.name) > 1}):
             self.fault(root, "devices", f"{twice[0]!r} is listed twice")
             return Topology(())
-        return Topology(tuple(devices), tuple(links))
+        if not self.faults:
+            self._check_links([device.name for device in devices])
+        return Topology(tuple(devices), tuple(link for _, _, link in self.links))
+
+    def _check_links(self, names: list[str]) -> None:
+        for node, key, link in self.links:
+            for end, pattern in (("source", link.source), ("target", link.target)):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    self.fault(node, f"{key}.{end}", f"{pattern!r} matches no device; there are {', '.join(names[:8])}")
 
     def mapping(
         self, node: yaml.Node | None, key: str, readers: dict[str, Callable[[yaml.Node, str], Any]]
@@ -121,18 +131,19 @@ class _Reader:
             return [device]
         return [dataclasses.replace(device, name=f"{device.name}:{k}") for k in range(count)]
 
-    def link(self, node: yaml.Node, key: str) -> Link | None:
-        """A link between two devices or patterns of devices."""
+    def link(self, node: yaml.Node, key: str) -> None:
+        """Note a link between two devices or patterns of devices, which are checked when all devices are known."""
         readers: dict[str, Callable[[yaml.Node, str], Any]] = {
             "source": self.text, "target": self.text, "latency_s": self.number, "bandwidth": self.positive,
-            "duplex": self.duplex, "provenance": self.text,
+            "provenance": self.text,
         }  # fmt: skip
         before = len(self.faults)
         values = self.mapping(node, key, readers)
         for name in ("source", "target", "latency_s", "bandwidth"):
             if name not in values and len(self.faults) == before:
                 self.fault(node, f"{key}.{name}", "missing")
-        return Link(**values) if len(self.faults) == before else None
+        if len(self.faults) == before:
+            self.links.append((node, key, Link(**values)))
 
     def text(self, node: yaml.Node, key: str) -> str:
         if isinstance(node, yaml.ScalarNode) and node.value:
@@ -147,15 +158,9 @@ class _Reader:
         return {}
 
     def kind(self, node: yaml.Node, key: str) -> str:
-        return self.choice(node, key, _KINDS)
-
-    def duplex(self, node: yaml.Node, key: str) -> str:
-        return self.choice(node, key, ("full", "half"))
-
-    def choice(self, node: yaml.Node, key: str, allowed: tuple[str, ...]) -> str:
         value = self.text(node, key)
-        if value and value not in allowed:
-            self.fault(node, key, f"{value!r}; expected {' or '.join(allowed)}")
+        if value and value not in _KINDS:
+            self.fault(node, key, f"{value!r}; expected {' or '.join(_KINDS)}")
         return value
 
     def number(self, node: yaml.Node, key: str) -> float:
@@ -187,7 +192,7 @@ class _Reader:
         unit = _UNITS.get(match[2].upper()) if match else None
         try:
             return round(float(match[1]) * unit) if match and unit else self._no_size(node, key)
-        except ValueError:
+        except (ValueError, OverflowError):
             return self._no_size(node, key)
 
     def _no_size(self, node: yaml.Node, key: str) -> int:

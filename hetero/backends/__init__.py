@@ -18,8 +18,9 @@ from hetero.errors import DeviceError
 Context = Mapping[str, Tensor]
 """Tensors beside the activations: not differentiable, the batch as first dimension."""
 
-CompiledStage = Callable[[Tensor, Context], Tensor]
-"""What a backend makes of a module: differentiable by autograd, safe for several calls in flight."""
+CompiledStage = Callable[[Tensor, Context], Any]
+"""What a backend makes of a module: gives what the module gives, differentiable by autograd, safe for several calls in
+flight."""
 
 
 class Backend(Protocol):

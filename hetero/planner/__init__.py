@@ -17,7 +17,7 @@ from hetero.planner.binding import binding_constraint
 from hetero.planner.chain import Solution, solve
 from hetero.planner.evaluate import Evaluation, evaluate
 from hetero.planner.explain import draw, explain
-from hetero.planner.plan import Alternative, Plan, PlanStage, PlanTransfer
+from hetero.planner.plan import CHAIN, NOT_PRICED, Alternative, Plan, PlanStage, PlanTransfer
 from hetero.planner.problem import Problem, build
 from hetero.planner.symmetry import classes
 
@@ -58,7 +58,7 @@ def plan(
 
     Args:
         costs: of the layers for one micro-batch, from `hetero.profile` or by hand.
-        topology: devices and links.
+        topology: devices and links; of this machine `hetero.discover(names)`, where the cpu has cores of its own.
         objective: `latency` (one micro-batch forwards through all stages), `throughput` (from one micro-batch to the
             next, forwards, in the steady state) or `train_step` (forward and backward of a whole step under GPipe).
         n_microbatches: None or `costs.n_microbatches`, for which the times were measured.
@@ -66,8 +66,9 @@ def plan(
         pins: name of a layer -> name of the device that has to run it.
         contiguous: whether a device holds one run of consecutive layers at most. If not, its stages' loads add up, and
             the value is the formula's of a device that takes each micro-batch through all its stages in one go.
-        time_limit_s: for the search; after it the best plan so far is given, with `proof` `bounded`. Pricing the
-            alternatives may take half as long again, but no more than about ten seconds.
+        time_limit_s: for the search; after it the best plan so far is given, with `proof` `bounded`. The alternatives
+            and the binding constraint may each take half as long again, but no more than about ten seconds; an
+            alternative for which no time is left is not priced.
 
     Returns:
         A plan whose value is the formula's in `hetero.planner.chain.weights`, priced by `evaluate`.
@@ -89,7 +90,8 @@ def plan(
     seconds = time.monotonic() - start
     evaluation = evaluate(solution.stages, costs, topology, objective, max_memory=max_memory)
     assert abs(evaluation.value - solution.value) <= 1e-9 * max(solution.value, 1e-9), "solver and evaluator disagree"
-    others = _alternatives(problem, solution, min(time_limit_s / 2, _ALTERNATIVES_S))
+    budget_s = min(time_limit_s / 2, _ALTERNATIVES_S)
+    others = _alternatives(problem, solution, budget_s)
     return _assemble(
         evaluation,
         costs,
@@ -97,10 +99,10 @@ def plan(
         objective,
         lower_bound=evaluation.value if solution.is_optimal else min(solution.lower_bound, evaluation.value),
         proof="optimal" if solution.is_optimal else "bounded",
-        solver="chain" if contiguous else "chain, several runs a device",
+        solver=CHAIN if contiguous else "chain, several runs a device",
         seconds=seconds,
-        binding=binding_constraint(problem, solution, evaluation, costs, topology),
-        alternatives=(*baselines(costs, topology, objective, max_memory=max_memory), *others),
+        binding=binding_constraint(problem, solution, evaluation, costs, topology, time_limit_s=budget_s),
+        alternatives=(*baselines(costs, topology, objective, max_memory=max_memory, pins=pins), *others),
     )
 
 
@@ -155,7 +157,9 @@ def _alternatives(problem: Problem, solution: Solution, budget_s: float) -> list
         tries.append(("several runs a device", dataclasses.replace(problem, contiguous=False), None))
     found = []
     for name, changed, reference in tries:
-        limit = max(0.1, min(share, deadline - time.monotonic()))
+        if (limit := min(share, deadline - time.monotonic())) <= 0:
+            found.append(Alternative(name, (), None, NOT_PRICED))
+            continue
         try:
             other = solve(changed, time_limit_s=limit, reference=reference)
         except PlacementError as error:

@@ -24,7 +24,12 @@ Stages = tuple[tuple[str, int, int], ...]
 
 
 def baselines(
-    costs: Costs, topology: Topology, objective: str, *, max_memory: Mapping[str, int] | None = None
+    costs: Costs,
+    topology: Topology,
+    objective: str,
+    *,
+    max_memory: Mapping[str, int] | None = None,
+    pins: Mapping[str, str] | None = None,
 ) -> tuple[Alternative, ...]:
     """Each general device alone, the even split, and greedy by bytes, priced or with the reason why not."""
     general = general_devices(costs, topology)
@@ -33,10 +38,20 @@ def baselines(
     if len(apart) > 1:
         wishes["even split"] = even_split(costs, apart)
         wishes["greedy by bytes"] = greedy_by_bytes(costs, topology, apart, max_memory or {})
-    return tuple(
-        priced(name, grant(wish, costs, topology), costs, topology, objective, max_memory=max_memory)
-        for name, wish in wishes.items()
-    )
+    found = []
+    for name, wish in wishes.items():
+        stages = grant(wish, costs, topology)
+        if broken := _broken_pin(stages, costs, pins or {}):
+            found.append(Alternative(name, (), None, f"breaks the pin of {broken!r}"))
+        else:
+            found.append(priced(name, stages, costs, topology, objective, max_memory=max_memory))
+    return tuple(found)
+
+
+def _broken_pin(stages: Stages, costs: Costs, pins: Mapping[str, str]) -> str | None:
+    """The first layer that is not on the device to which it is pinned."""
+    placed = [(layer.name, device) for device, i, j in stages for layer in costs.layers[i : j + 1]]
+    return next((layer for layer, device in placed if pins.get(layer, device) != device), None)
 
 
 def general_devices(costs: Costs, topology: Topology) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from hetero.errors import PlacementError
 from hetero.planner.chain import Solution, solve
 from hetero.planner.evaluate import Evaluation, evaluate
 from hetero.planner.words import seconds
@@ -18,20 +19,29 @@ _FASTER = 0.9
 
 
 def binding_constraint(
-    problem: Problem, solution: Solution, evaluation: Evaluation, costs: Costs, topology: Topology
+    problem: Problem,
+    solution: Solution,
+    evaluation: Evaluation,
+    costs: Costs,
+    topology: Topology,
+    *,
+    time_limit_s: float,
 ) -> str:
     """The limit that a faster plan would have to relieve.
 
     A memory limit, where the optimum without any would be faster; otherwise the busiest core, or the slowest hand-over.
     """
-    return _memory(problem, solution) or _core(problem, evaluation, costs, topology)
+    return _memory(problem, solution, time_limit_s) or _core(problem, evaluation, costs, topology)
 
 
-def _memory(problem: Problem, solution: Solution) -> str:
+def _memory(problem: Problem, solution: Solution, time_limit_s: float) -> str:
     total = int(problem.nbytes.sum())
     if total <= min([int(problem.limits.min()), *(pool.limit for pool in problem.pools)]):
         return ""
-    boundless = solve(problem.without_memory_limits(), time_limit_s=max(1.0, solution.seconds))
+    try:
+        boundless = solve(problem.without_memory_limits(), time_limit_s=time_limit_s)
+    except PlacementError:  # not found in the time given: there is one, the plan itself
+        return ""
     if boundless.value >= solution.value * (1 - 1e-9):
         return ""
     filled = dict.fromkeys(range(len(problem.devices)), 0)

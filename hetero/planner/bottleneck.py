@@ -7,6 +7,7 @@ the real problem the result is a lower bound; where the placement found breaks n
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,10 @@ class Bottleneck:
     path: tuple[int, ...]
 
 
-def bottleneck(problem: Problem, classes: Classes, states: States, *, backward: bool = False) -> Bottleneck:
-    """The least largest forward (or backward) load of any device."""
+def bottleneck(
+    problem: Problem, classes: Classes, states: States, *, deadline: float, backward: bool = False
+) -> Bottleneck:
+    """The least largest forward (or backward) load of any device, as closely as the deadline allows."""
     if len(states.after) == 1:
         return Bottleneck(0.0, ())
     reach = _Reach(problem, classes, states, backward)
@@ -39,7 +42,7 @@ def bottleneck(problem: Problem, classes: Classes, states: States, *, backward: 
     path = reach.path(high)
     if not path:
         return Bottleneck(0.0, ())
-    while high - low > _RELATIVE_PRECISION * high:
+    while high - low > _RELATIVE_PRECISION * high and time.monotonic() < deadline:
         middle = (low + high) / 2 if low else high / 2
         if found := reach.path(middle):
             path, high = found, min(middle, reach.load(found))

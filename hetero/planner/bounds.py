@@ -13,6 +13,7 @@ good one. At its best choice all devices are about equally attractive, as they a
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -177,9 +178,9 @@ def cheapest_loads(
 
 
 def multipliers(
-    problem: Problem, weights: Weights, classes: Classes, states: States, *, rounds: int = 60
+    problem: Problem, weights: Weights, classes: Classes, states: States, *, deadline: float, rounds: int = 60
 ) -> Completion:
-    """The completion with the best multipliers found by ascent on the simplex.
+    """The completion with the best multipliers found by ascent on the simplex, in one round at least.
 
     Each round makes the core groups dearer that the cheapest placement loads most (exponentiated gradient; source:
     Kivinen and Warmuth, Information and Computation 132, 1997).
@@ -194,7 +195,7 @@ def multipliers(
         )
         if best is None or bound.root > best.root:
             best = bound
-        if not np.isfinite(bound.root):
+        if not np.isfinite(bound.root) or time.monotonic() > deadline:
             break
         load_f, load_b = cheapest_loads(problem, weights, classes, states, bound)
         step = 2.0 / np.sqrt(1.0 + k)

@@ -18,7 +18,7 @@ from hetero.errors import PlacementError
 from hetero.planner.bottleneck import bottleneck
 from hetero.planner.bounds import Completion, States, Weights, completion, multipliers, states
 from hetero.planner.labels import Found, LabelSearch
-from hetero.planner.problem import Problem, refuse_memory
+from hetero.planner.problem import Problem, refuse_memory, refuse_short_memory
 from hetero.planner.symmetry import Classes, classes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Solution:
     Attributes:
         stages: (device, first layer, last layer) in execution order.
         value: the objective [s].
-        lower_bound: no contiguous placement is faster [s].
+        lower_bound: no placement of the kind searched has a smaller value [s].
         is_optimal: whether the search was complete.
         seconds: that it took.
     """
@@ -68,7 +68,8 @@ def solve(problem: Problem, *, time_limit_s: float = 60.0, reference: Sequence[i
 
     Args:
         problem: from `problem.build`.
-        time_limit_s: after it the search narrows and the result is `is_optimal=False` with an honest bound.
+        time_limit_s: after it the search narrows and the result is `is_optimal=False` with an honest bound. What is
+            under way is finished: a layer's labels, or one table of bounds.
         reference: a placement (device of each layer) that doesn't count: asks for the runner-up.
 
     Raises:
@@ -80,6 +81,7 @@ def solve(problem: Problem, *, time_limit_s: float = 60.0, reference: Sequence[i
             expected=f"at most {_MOST_DEVICES}",
             remedy="plan for one pipeline's devices: the others can repeat it",
         )
+    _check_hopeless(problem)
     start = time.monotonic()
     chain = _Chain(problem, start + time_limit_s)
     objective = weights(problem.objective, problem.n_microbatches)
@@ -88,12 +90,11 @@ def solve(problem: Problem, *, time_limit_s: float = 60.0, reference: Sequence[i
     else:
         found = chain.best(objective, reference=reference)
     if not found.path:
-        _refuse(problem, found, is_only=reference is not None and found.is_complete)
-    path = found.path
+        _refuse(problem, found, chain.deadline, is_only=reference is not None and found.is_complete)
     if problem.objective == "throughput" and reference is None:
-        path = chain.shortest(path, found.value)
+        found = chain.shortest(found, objective)
     return Solution(
-        stages=stages(problem, path),
+        stages=stages(problem, found.path),
         value=found.value,
         lower_bound=found.lower_bound,
         is_optimal=found.is_complete,
@@ -145,11 +146,11 @@ class _Chain:
         Whether any placement keeps every load within T is a much smaller search, since all loads below T are alike.
         So T is bracketed, bisected, and at last set just below the best load found, which must fail.
         """
-        simple = bottleneck(self.problem, self.classes, self.states)
+        simple = bottleneck(self.problem, self.classes, self.states, deadline=self.deadline)
         best = self._priced(simple.path, weights)
         if best.path and best.value <= simple.floor * (1 + 1e-12):
             return Found(best.value, best.path, best.value, True, len(best.path))
-        bounds = [multipliers(self.problem, weights, self.classes, self.states)]
+        bounds = [multipliers(self.problem, weights, self.classes, self.states, deadline=self.deadline)]
         search = LabelSearch(self.problem, weights, self.classes, self.states, bounds)
         first = search.run(upper=best.value, beam=_BEAMS[0], deadline=self.deadline)
         best = first if first.path else best
@@ -176,10 +177,16 @@ class _Chain:
                 low = max(low, limit)
         return Found(best.value, best.path, min(low, best.value), False, best.reached)
 
-    def shortest(self, path: Sequence[int], bottleneck: float) -> tuple[int, ...]:
-        """Among the placements whose busiest core group is no busier, the one of least latency."""
-        found = self.best(Weights(forward=1.0, transfer=1.0, links=True), cap=bottleneck * (1 + 1e-12))
-        return found.path or tuple(path)
+    def shortest(self, found: Found, weights: Weights) -> Found:
+        """Among the placements whose busiest core group is no busier, the one of least latency.
+
+        Where the best one found is not the best there is, that may be a less busy one.
+        """
+        path = self.best(Weights(forward=1.0, transfer=1.0, links=True), cap=found.value * (1 + 1e-12)).path
+        if not path:
+            return found
+        value = found.value if found.is_complete else self._priced(path, weights).value
+        return dataclasses.replace(found, path=path, value=value, lower_bound=min(found.lower_bound, value))
 
     def _completion(self, weights: Weights) -> Completion:
         none = np.zeros(len(self.problem.core_groups))
@@ -191,9 +198,12 @@ class _Chain:
         """Bounds with multipliers, the least F and B of any placement, and placements that have them."""
         if not (weights.max_forward or weights.max_backward):
             return [plain], (0.0, 0.0), []
-        best = multipliers(self.problem, weights, self.classes, self.states)
+        best = multipliers(self.problem, weights, self.classes, self.states, deadline=self.deadline)
         half = completion(self.problem, weights, self.classes, self.states, best.forward / 2, best.backward / 2)
-        least = [bottleneck(self.problem, self.classes, self.states, backward=backward) for backward in (False, True)]
+        least = [
+            bottleneck(self.problem, self.classes, self.states, backward=backward, deadline=self.deadline)
+            for backward in (False, True)
+        ]
         paths = [found.path for found in least]
         return [plain, half, best], (least[0].floor, least[1].floor), paths
 
@@ -210,13 +220,18 @@ class _Chain:
         return found if found.path else nothing
 
 
-def _refuse(problem: Problem, found: Found, *, is_only: bool) -> NoReturn:
-    """Say why there is no placement."""
-    if is_only:
-        raise PlacementError("there is no other placement")
+def _check_hopeless(problem: Problem) -> None:
+    """Refuse what needs no search: a layer that is left without a device, or too little memory in total."""
     for layer, times in zip(problem.layers, problem.forward, strict=True):
         if not np.isfinite(times).any():
             raise PlacementError(f"no other device can run layer {layer!r}")
+    refuse_short_memory(problem)
+
+
+def _refuse(problem: Problem, found: Found, deadline: float, *, is_only: bool) -> NoReturn:
+    """Say why there is no placement, or none was found; the reason is looked for until the deadline."""
+    if is_only:
+        raise PlacementError("there is no other placement")
     if not found.is_complete:
         raise PlacementError("no placement was found in the time given", remedy="a larger time_limit_s")
     objective = weights(problem.objective, problem.n_microbatches)
@@ -224,9 +239,14 @@ def _refuse(problem: Problem, found: Found, *, is_only: bool) -> NoReturn:
     shared = states(problem, groups)
 
     def attempt(of: Problem) -> Found:
-        return LabelSearch(of, objective, groups, shared, ()).run(upper=np.inf, beam=100_000, deadline=np.inf)
+        return LabelSearch(of, objective, groups, shared, ()).run(upper=np.inf, beam=100_000, deadline=deadline)
 
     unlimited, limited = attempt(problem.without_memory_limits()), attempt(problem)
+    if not limited.is_complete or not (unlimited.path or unlimited.is_complete):
+        raise PlacementError(
+            "no placement keeps to the limits; which one forbids it was not found in the time given",
+            remedy="a larger time_limit_s",
+        )
     layer = problem.layers[min(limited.reached, len(problem.layers) - 1)]
     if not unlimited.path:
         layer = problem.layers[unlimited.reached]

@@ -74,7 +74,7 @@ def evaluate(
     hops = [transfer.seconds for transfer in transfers]
     planned, ends = [], []
     for (device, first, last), nbytes in zip(stages, filled, strict=True):
-        planned.append(_planned(device, first, last, nbytes, costs))
+        planned.append(_planned(device, first, last, nbytes, costs, topology))
     for sign in (0, -1, 1):
         times = [_stage_times(device, first, last, costs, sign) for device, first, last in stages]
         devices = [device for device, _, _ in stages]
@@ -155,12 +155,13 @@ def _stage_times(device: str, first: int, last: int, costs: Costs, sign: int) ->
     return forward, backward
 
 
-def _planned(device: str, first: int, last: int, nbytes: int, costs: Costs) -> PlanStage:
+def _planned(device: str, first: int, last: int, nbytes: int, costs: Costs, topology: Topology) -> PlanStage:
     forward, backward = _stage_times(device, first, last, costs, 0)
     high = sum(_stage_times(device, first, last, costs, 1))
     error = (high - forward - backward) / (forward + backward) if forward + backward else 0.0
     names = tuple(layer.name for layer in costs.layers[first : last + 1])
-    return PlanStage(device, first, last, names, forward, backward, error, nbytes)
+    cores = topology.device(device).cores
+    return PlanStage(device, first, last, names, forward, backward, error, nbytes, cores)
 
 
 def _objective(

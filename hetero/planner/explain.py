@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hetero.planner.plan import CHAIN, NOT_PRICED
 from hetero.planner.words import nbytes, seconds
-from hetero.schedule import BACKWARD, FORWARD, Schedule, simulate, simulate_stages
+from hetero.schedule import BACKWARD, FORWARD, Schedule, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +20,9 @@ _OBJECTIVES = {
     "train_step": "forward and backward of a step",
 }
 _PROOFS = {
-    "optimal": "proven: no placement of the kind searched is faster",
-    "bounded": "the search ran out of time; the bound is proven",
-    "heuristic": "no bound: the placement was given, not searched for",
+    "optimal": "optimal under the step-time formula",
+    "bounded": "bounded under the step-time formula: the search ran out of time",
+    "heuristic": "heuristic: the placement was given, not searched for, and has no bound",
 }
 
 
@@ -31,7 +32,8 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{_OBJECTIVES[plan.objective]}, {plan.n_microbatches} micro-batches, {plan.schedule}",
         f"  predicted    {seconds(plan.value)}  (expected within {seconds(low)} to {seconds(high)})",
-        f"  lower bound  {seconds(plan.lower_bound)}, gap {100 * plan.gap:.2f} %: {plan.proof} ({_PROOFS[plan.proof]})",
+        f"  lower bound  {seconds(plan.lower_bound)}, gap {100 * plan.gap:.2f} %: {_PROOFS[plan.proof]}",
+        *(f"  schedule     {text}" for text in _difference(plan, simulate(plan))),
         f"  solver       {plan.solver}, {seconds(plan.seconds)}",
         f"  binding      {plan.binding_constraint}",
         "",
@@ -47,7 +49,7 @@ def draw(plan: Plan, topology: Topology | None = None, *, width: int = 72) -> st
 
     Args:
         plan: to be drawn.
-        topology: says which devices share cores; without it the schedule is that of devices that share nothing.
+        topology: says which devices share cores; None: those of the plan do, for which it was priced.
         width: of the picture in columns, without the device names.
     """
     return "\n".join([*_chain(plan, width), "", *_gantt(plan, topology, width)])
@@ -69,17 +71,35 @@ def _alternative_table(plan: Plan) -> list[str]:
     rows = [["alternative", "value", "against the plan", "placement"]]
     for other in plan.alternatives:
         if other.value is None:
-            rows.append([other.name, "-", "not possible", other.reason])
+            rows.append([other.name, "-", "-" if other.reason == NOT_PRICED else "not possible", other.reason])
         else:
             rows.append([other.name, seconds(other.value), _against(other.value, plan.value), _placement(other)])
     return _table(rows)
 
 
 def _faster_alternatives(plan: Plan) -> list[str]:
-    """A note where a placement outside the planner's search is faster: one that gives a device several stages."""
+    """A note where a placement that the search did not see is faster, with the reason why it did not."""
     faster = [other for other in plan.alternatives if other.value is not None and other.value < plan.value]
-    reason = "it gives a device several runs of layers, searched with contiguous=False only"
-    return [f"note: {other.name} is faster: {reason}" for other in faster]
+    return [f"note: {other.name} is faster: {_why_unseen(plan, other)}" for other in faster]
+
+
+def _why_unseen(plan: Plan, other: Alternative) -> str:
+    devices = [device for device, _, _ in other.stages]
+    if plan.solver == CHAIN and len(set(devices)) < len(devices):
+        return "it gives a device several runs of layers, searched with contiguous=False only"
+    return "the search was not complete"
+
+
+def _difference(plan: Plan, schedule: Schedule) -> list[str]:
+    """A line where the formula, which the planner optimises, and the simulated step differ."""
+    simulated = schedule.makespan_s
+    if plan.objective == "throughput" or abs(simulated - plan.value) <= 1e-6 * plan.value:
+        return []  # throughput is the time between two micro-batches, not that of a schedule
+    how = "better" if simulated < plan.value else "worse"
+    return [
+        f"formula {seconds(plan.value)}; simulated schedule {seconds(simulated)}: "
+        f"stages that share a core overlap {how} than the formula assumes"
+    ]
 
 
 def _against(value: float, best: float) -> str:
@@ -128,7 +148,7 @@ def _every(n_layers: int, cell: int) -> int:
 
 def _gantt(plan: Plan, topology: Topology | None, width: int) -> list[str]:
     """The schedule: each device's share of forward (▓) and backward (░) work in each column's time."""
-    schedule = _schedule(plan, topology)
+    schedule = simulate(plan, topology)
     if not schedule.makespan_s:
         return []
     devices = list(dict.fromkeys(stage.device for stage in plan.stages))
@@ -145,13 +165,4 @@ def _gantt(plan: Plan, topology: Topology | None, width: int) -> list[str]:
         lines.append(f"{device.ljust(margin)} {line}".rstrip())
     end = seconds(schedule.makespan_s)
     lines.append(f"{' ' * margin} 0{end.rjust(width - 1)}")
-    return [*lines, f"{' ' * margin} ▓ forward  ░ backward, simulated"]
-
-
-def _schedule(plan: Plan, topology: Topology | None) -> Schedule:
-    if topology is not None:
-        return simulate(plan, topology)
-    transfers = [transfer.seconds for transfer in plan.transfers]
-    backward = plan.objective == "train_step"
-    m = 1 if plan.objective == "latency" else plan.n_microbatches
-    return simulate_stages(plan.stages, transfers, {}, m, schedule=plan.schedule, backward=backward)
+    return [*lines, f"{' ' * margin} ▓ forward  ░ backward, simulated", *_difference(plan, schedule)]

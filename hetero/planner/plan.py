@@ -20,6 +20,7 @@ class PlanStage:
         backward_s: [s].
         error: half width of the relative interval of the times.
         memory_bytes: parameters, gradients, optimizer state and activations in flight [B].
+        cores: host cores that the device was priced for, and computes on when the plan is placed; none: it has none.
     """
 
     device: str
@@ -30,6 +31,7 @@ class PlanStage:
     backward_s: float
     error: float
     memory_bytes: int
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class PlanTransfer:
     seconds: float
 
 
+CHAIN = "chain"
+"""Solver of plans in which a device holds one run of layers."""
+
+NOT_PRICED = "not priced: out of time"
+"""Reason of an `Alternative` for which no time was left."""
+
+
 @dataclass(frozen=True)
 class Alternative:
     """Another way to place the layers, for comparison.
@@ -49,8 +58,8 @@ class Alternative:
     Attributes:
         name: for example `cpu alone`.
         stages: (device, first, last) of each stage; empty where there is none.
-        value: predicted objective [s]; None: not possible.
-        reason: why it is not possible; empty otherwise.
+        value: predicted objective [s]; None: not possible, or not priced.
+        reason: why there is no value; empty otherwise.
     """
 
     name: str
@@ -68,10 +77,11 @@ class Plan:
         n_microbatches: micro-batches of a step.
         objective: `latency`, `throughput` or `train_step`.
         schedule: `gpipe`: all forward passes, then all backward passes.
-        value: the objective [s]: train_step is the time of forward and backward of a whole step.
-        lower_bound: no placement can be faster than this [s].
+        value: the objective by its formula [s]: train_step is the time of forward and backward of a whole step.
+        lower_bound: no placement of the kind searched has a smaller value by that formula [s]. It is no bound on the
+            simulated or real schedule: where stages share a device or a core, that can be faster than the formula.
         gap: (value - lower_bound) / value.
-        proof: `optimal`, `bounded` or `heuristic`.
+        proof: `optimal` (under the formula), `bounded` or `heuristic`.
         solver: what found the plan.
         seconds: time of the search [s].
         binding_constraint: the stage or limit that a faster plan would have to relieve, in words.
@@ -107,7 +117,10 @@ class Plan:
         return cls(
             **{
                 **data,
-                "stages": tuple(PlanStage(**{**stage, "layers": tuple(stage["layers"])}) for stage in data["stages"]),
+                "stages": tuple(
+                    PlanStage(**{**stage, "layers": tuple(stage["layers"]), "cores": tuple(stage["cores"])})
+                    for stage in data["stages"]
+                ),
                 "interval_s": (data["interval_s"][0], data["interval_s"][1]),
                 "transfers": tuple(PlanTransfer(**transfer) for transfer in data["transfers"]),
                 "alternatives": tuple(

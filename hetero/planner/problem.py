@@ -29,6 +29,9 @@ OBJECTIVES = ("latency", "throughput", "train_step")
 
 Floats = NDArray[np.float64]
 
+_BYTES_OF = "(parameters, gradients, optimizer state, activations of all micro-batches)"
+_MORE_MEMORY = "a smaller batch or model, a larger max_memory, or one more device"
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -292,6 +295,27 @@ def _check_fits(
         refuse_memory(layer, needed, free)
 
 
+def refuse_short_memory(problem: Problem) -> None:
+    """Raise the error where the layers need more memory than all devices that can run any have together.
+
+    Found here it costs no search; a search would have to try every way to fill the devices.
+    """
+    members = [d for d, times in enumerate(problem.forward.T) if np.isfinite(times).any()]
+    left, free = set(members), 0
+    for pool in problem.pools:
+        inside = left & set(pool.members)
+        free += min(pool.limit, sum(int(problem.limits[d]) for d in inside))
+        left -= inside
+    free += sum(int(problem.limits[d]) for d in left)
+    if (needed := int(problem.nbytes.sum())) > free:
+        raise PlacementError(
+            "the layers need more memory than all devices have together",
+            found=f"{free} B free on {', '.join(problem.devices[d] for d in members)}",
+            expected=f"{needed} B {_BYTES_OF}",
+            remedy=_MORE_MEMORY,
+        )
+
+
 def refuse_memory(layer: str, needed: int, free: Mapping[str, int], *, after: str = "") -> NoReturn:
     """Raise the error for a layer that fits on none of the devices.
 
@@ -304,8 +328,8 @@ def refuse_memory(layer: str, needed: int, free: Mapping[str, int], *, after: st
     raise PlacementError(
         f"layer {layer!r} fits on no device{after}",
         found=", ".join(f"{bytes_free} B free on {name}" for name, bytes_free in free.items()),
-        expected=f"{needed} B (parameters, gradients, optimizer state, activations of all micro-batches)",
-        remedy="a smaller batch or model, a larger max_memory, or one more device",
+        expected=f"{needed} B {_BYTES_OF}",
+        remedy=_MORE_MEMORY,
     )
 
 

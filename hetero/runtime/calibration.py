@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +57,25 @@ def on_device(
     usable = {layer.key: layer for layer in chain if can_run(layer.module, device)}
     names = {key: cache.key(_machine(device), key) for key in usable}
     overhead_name = cache.key(_machine(device), "overhead", _shapes(chain), n_microbatches)
-    stored = {} if refresh else {key: value for key, name in names.items() if (value := cache.read("profile", name))}
-    overhead = None if refresh else cache.read("profile", overhead_name)
+    stored, overhead = {}, None
+    if not refresh:
+        found = {key: cache.read("profile", name, Sample.from_json) for key, name in names.items()}
+        stored = {key: sample for key, sample in found.items() if sample is not None}
+        overhead = cache.read("profile", overhead_name, _fixed_time)
     run = _longest_run(chain, device) if overhead is None else []
     missing = {key: layer for key, layer in usable.items() if key not in stored}
     if len(run) > 1:
         missing |= {layer.key: layer for layer in run}  # alone and together have to be measured in the same minute
     if missing:
         samples, together = _measure(list(missing.values()), run, device, n_microbatches)
-        stored |= {key: sample.to_json() for key, sample in samples.items()}
-        for key in samples:
-            cache.write("profile", names[key], stored[key])
+        stored |= samples
+        for key, sample in samples.items():
+            cache.write("profile", names[key], sample.to_json())
         if overhead is None:
-            overhead = _overhead([Sample.from_json(stored[layer.key]) for layer in run], together)
-            cache.write("profile", overhead_name, overhead)
-    fixed = StageOverhead(*(overhead or (0.0, 0.0)))
-    times = {layer.name: _net(Sample.from_json(stored[layer.key]), fixed) for layer in chain if layer.key in usable}
-    return times, fixed
+            overhead = _overhead([stored[layer.key] for layer in run], together)
+            cache.write("profile", overhead_name, dataclasses.asdict(overhead))
+    fixed = overhead or StageOverhead()
+    return {layer.name: _net(stored[layer.key], fixed) for layer in chain if layer.key in usable}, fixed
 
 
 def add_slowdown(
@@ -98,7 +101,7 @@ def add_slowdown(
     if len(devices) < 2:
         return overheads
     name = cache.key("slowdown", [_machine(device) for device in devices], _shapes(chain), n_microbatches)
-    ratios = None if refresh else cache.read("profile", name)
+    ratios = None if refresh else cache.read("profile", name, lambda stored: _pairs(stored, len(devices)))
     if ratios is None:
         ratios = _slowdown(chain, devices, n_microbatches)
         cache.write("profile", name, ratios)
@@ -110,6 +113,17 @@ def add_slowdown(
             fixed.backward_s + (backward - 1) * sum(time.backward_s for time in own) / len(devices),
         )
     return raised
+
+
+def _fixed_time(stored: Any) -> StageOverhead:
+    return StageOverhead(float(stored["forward_s"]), float(stored["backward_s"]))
+
+
+def _pairs(stored: Any, n: int) -> list[tuple[float, float]]:
+    pairs = [(float(forward), float(backward)) for forward, backward in stored]
+    if len(pairs) != n:
+        raise ValueError(f"{len(pairs)} pairs, not {n}")
+    return pairs
 
 
 def _machine(device: Device) -> list[object]:
@@ -156,7 +170,10 @@ def _slowdown(chain: list[Layer], devices: list[Device], n_microbatches: int) ->
 
 
 def _workload(group: list[Layer], device: Device) -> Workload:
-    """The layers as one stage: copies, since measuring leaves gradients and may move modules to the device."""
+    """The layers as one stage: copies, since measuring leaves gradients and may move modules to the device.
+
+    Its input lies there already: the way from another device is a hand-over, with a time of its own.
+    """
     first, last = group[0], group[-1]
     stage = Stage(
         [layer.name for layer in group],
@@ -165,23 +182,23 @@ def _workload(group: list[Layer], device: Device) -> Workload:
         loss=last.loss,
         input_grad=first.x.is_floating_point(),
     )
-    return Workload(stage, first.x, last.context)
+    return Workload(stage, *stage.here(first.x, last.context))
 
 
-def _overhead(alone: list[Sample], together: Sample | None) -> list[float]:
-    """Fixed time of a stage's call [s], forward and backward.
+def _overhead(alone: list[Sample], together: Sample | None) -> StageOverhead:
+    """Fixed time of a stage's call.
 
     n units alone take Σ tᵢ = n·o + Σ netᵢ, the chain of them o + Σ netᵢ; so o = (Σ tᵢ - chain) / (n - 1). It is not
     negative, and no larger than the quickest unit.
     """
     if together is None:
-        return [0.0, 0.0]
+        return StageOverhead()
     result = []
     for phase in ("forward_s", "backward_s"):
         times = [getattr(sample, phase) for sample in alone]
         fixed = (sum(times) - getattr(together, phase)) / (len(times) - 1)
         result.append(min(max(fixed, 0.0), min(times)))
-    return result
+    return StageOverhead(*result)
 
 
 def _net(sample: Sample, fixed: StageOverhead) -> LayerTime:

@@ -49,7 +49,7 @@ class Sample:
     @classmethod
     def from_json(cls, data: dict[str, float]) -> Sample:
         """The inverse of `to_json`."""
-        return cls(**data)
+        return cls(**{name: float(value) for name, value in data.items()})
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Workload:
 
     Attributes:
         stage: what to time.
-        x: input of one micro-batch.
-        context: its context.
+        x: input of one micro-batch, where the stage computes.
+        context: its context, likewise.
         forward: seconds of a forward pass, the mean of each round so far.
         backward: seconds of a backward pass, likewise.
     """
@@ -77,11 +77,13 @@ class Workload:
         """
         inputs = [self.x.clone() for _ in range(n_slots)]
         self.stage.zero_grad()
+        self.stage.sync()
         start = time.perf_counter()
         outputs = [self.stage.forward(slot, x, self.context) for slot, x in enumerate(inputs)]
         self.stage.sync()
         self.forward.append((time.perf_counter() - start) / n_slots)
         grads = [torch.full_like(y, 1.0 / n_slots) for y in outputs]
+        self.stage.sync()
         start = time.perf_counter()
         for slot, grad in enumerate(grads):
             self.stage.backward(slot, grad)

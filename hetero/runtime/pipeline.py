@@ -9,6 +9,7 @@ Source: Huang et al., "GPipe", NeurIPS 2019, section 2.2.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from hetero.errors import PlacementError, StageError
 from hetero.modules import apis_of, can_run
-from hetero.runtime.stage import IGNORED, TARGETS, Loss, Stage, token_cross_entropy
+from hetero.runtime.stage import IGNORED, TARGETS, Cache, Loss, Stage, token_cross_entropy
 from hetero.runtime.worker import Worker
 from hetero.schedule import Event
 
@@ -64,21 +65,22 @@ class MicroBatch(NamedTuple):
 
 
 def split(batch: Batch, n_microbatches: int) -> list[MicroBatch]:
-    """Cut B rows into parts of ceil(B / n_microbatches) rows; a part without a target that counts is left out.
+    """Cut B rows into n_microbatches parts, as even as `torch.tensor_split` makes them: the first ones have a row more.
+
+    A part without a target that counts is left out; with it those that are empty since there are too few rows.
 
     Raises:
         ValueError: no target counts, or fewer than one micro-batch is asked for.
     """
     if n_microbatches < 1:
         raise ValueError(f"n_microbatches has to be at least 1, not {n_microbatches}")
-    rows = -(-batch.inputs.shape[0] // n_microbatches)
+    inputs, targets = (torch.tensor_split(x, n_microbatches) for x in (batch.inputs, batch.targets))
+    contexts = {key: torch.tensor_split(value, n_microbatches) for key, value in batch.context.items()}
     parts = []
-    for first in range(0, batch.inputs.shape[0], max(rows, 1)):
-        here = slice(first, first + rows)
-        targets = batch.targets[here]
-        if n_targets := int((targets != IGNORED).sum()):
-            context = {key: value[here] for key, value in batch.context.items()}
-            parts.append(MicroBatch(batch.inputs[here], {**context, TARGETS: targets}, n_targets))
+    for i in range(n_microbatches):
+        if n_targets := int((targets[i] != IGNORED).sum()):
+            context = {key: value[i] for key, value in contexts.items()}
+            parts.append(MicroBatch(inputs[i], {**context, TARGETS: targets[i]}, n_targets))
     if not parts:
         raise ValueError(f"the batch has no target: it is empty, or every one of its targets is {IGNORED}")
     return parts
@@ -142,7 +144,8 @@ class _Run:
                     y = stage.forward(i, x, part.context)
                 else:
                     y = stage.infer(x, part.context)
-            except Exception as error:
+                stage.sync()  # what a device was told to do is not done yet; nothing to wait for but on cuda
+            except BaseException as error:  # whatever it is: others wait for this worker, and it gets no Ctrl-C
                 raise _stage_error(stage, phase, i, error) from error
             end = time.perf_counter()
             target.put(y)
@@ -159,7 +162,7 @@ class _Run:
         return sum(weight * float(self.inputs[-1].get()) for weight in self.weights)
 
 
-def _stage_error(stage: Stage, phase: str, microbatch: int, error: Exception) -> StageError:
+def _stage_error(stage: Stage, phase: str, microbatch: int, error: BaseException) -> StageError:
     layers = stage.names[0] if len(stage.names) == 1 else f"{stage.names[0]} to {stage.names[-1]}"
     return StageError(
         f"stage {stage.index} ({layers}) on {stage.device.name} failed in the {phase} pass of micro-batch {microbatch}",
@@ -195,7 +198,7 @@ class Placed:
 
         Args:
             batch: B rows.
-            n_microbatches: parts of ceil(B / n_microbatches) rows it is cut into; None: as planned.
+            n_microbatches: parts it is cut into, whose sizes differ by at most one row; None: as planned.
 
         Returns:
             Mean loss over the targets that count.
@@ -229,9 +232,23 @@ class Placed:
             x = stage(x, context or {})
         return x
 
-    def layers(self) -> list[tuple[str, nn.Module]]:
-        """The model's own layers, for generation token by token."""
-        return list(_layers(self._model))
+    def new_cache(self, batch_size: int) -> list[Cache]:
+        """The caches of all stages, for `decode`."""
+        return [stage.new_cache(batch_size) for stage in self.stages]
+
+    def decode(self, tokens: Tensor, cache: list[Cache], position: Tensor) -> tuple[Tensor, list[Cache]]:
+        """The model's output for the next tokens of sequences, each stage on its device, in the caller's thread.
+
+        Args:
+            tokens: (B, T) input of the first layer.
+            cache: of `new_cache` or of the call before.
+            position: () int64, number of tokens before these.
+        """
+        x, after = tokens, []
+        for stage, part in zip(self.stages, cache, strict=True):
+            x, part = stage.decode(x, part, position)  # noqa: PLW2901
+            after.append(part)
+        return x, after
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The model's own parameters."""
@@ -294,7 +311,7 @@ class Placed:
 def place(
     model: nn.Module, plan: Plan, *, topology: Topology | None = None, loss: Loss = token_cross_entropy
 ) -> Placed:
-    """Put a model's layers onto the devices of a plan.
+    """Put a model's layers onto the devices of a plan, with the cores for which it was priced.
 
     Args:
         model: has `layers() -> [(name, module)]`, each called `module(x, context) -> x`.
@@ -303,17 +320,42 @@ def place(
         loss: (output, targets) -> mean over the targets that are not -100.
 
     Raises:
-        PlacementError: the plan is for other layers, or can't be executed here.
+        PlacementError: the plan is for other layers, or can't be executed here: a device lacks the plan's cores, or
+            for one of the reasons of `place_stages`.
         DeviceError: one of its devices does not exist.
     """
+    from hetero.discovery import discover
+
     names = [name for name, _ in _layers(model)]
     planned = [name for stage in plan.stages for name in stage.layers]
     if names != planned:
         raise PlacementError(
             "the plan is for another model", found=f"layers {', '.join(planned)}", expected=f"layers {', '.join(names)}"
         )
+    if topology is None:
+        chosen = discover(list(dict.fromkeys(stage.device for stage in plan.stages)))
+        topology = _with_cores(chosen, discover(), plan)
+    else:
+        topology = _with_cores(topology, topology, plan)
     stages = [(stage.device, stage.first, stage.last) for stage in plan.stages]
     return place_stages(model, stages, topology, loss=loss, n_microbatches=plan.n_microbatches)
+
+
+def _with_cores(topology: Topology, whole: Topology, plan: Plan) -> Topology:
+    """The topology with the plan's cores, which have to be among those that the whole devices have here."""
+    planned = {stage.device: stage.cores for stage in plan.stages if stage.cores}
+    for name, cores in planned.items():
+        device = whole.device(name)
+        # An OpenCL device's threads are its driver's: it computes on all of its cores, or it is another device.
+        if not set(cores) <= set(device.cores) or (device.api == "opencl" and set(cores) != set(device.cores)):
+            raise PlacementError(
+                f"the plan was made for other cores of {name!r}",
+                found=f"cores {', '.join(map(str, device.cores)) or 'unknown'}",
+                expected=f"cores {', '.join(map(str, cores))}",
+                remedy="make a new plan on this machine",
+            )
+    devices = tuple(dataclasses.replace(d, cores=planned.get(d.name, d.cores)) for d in topology.devices)
+    return dataclasses.replace(topology, devices=devices)
 
 
 def place_stages(

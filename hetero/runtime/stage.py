@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hetero.backends import CompiledStage, Context, backend
+from hetero.errors import StageError
 
 if TYPE_CHECKING:
     from hetero.device import Device
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, targets) -> scalar: the mean over the targets that are not `IGNORED`."""
+
+Cache = tuple[Tensor, ...]
+"""What a stage remembers of the tokens before, in shapes that never change."""
 
 IGNORED = -100
 """Target that takes no part in the loss, as in torch's `cross_entropy`."""
@@ -41,6 +45,32 @@ class Chain(nn.Module):
         for unit in self.units:
             x = unit(x, context)
         return x if self.loss is None else self.loss(x, context[TARGETS])
+
+
+class Decoding(nn.Module):
+    """Units called for the next tokens of sequences; what they remember travels in the context and comes back.
+
+    Attributes:
+        sizes: of each unit's cache, a tuple of so many tensors.
+    """
+
+    def __init__(self, units: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.units, self.sizes = nn.ModuleList(units), tuple(sizes)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """The last unit's output, and the cache after these tokens.
+
+        Args:
+            x: (B, T, ...) input for tokens that start at `context["position"]` () int64.
+            context: tensor k of the cache is `context[str(k)]`.
+        """
+        after: list[Tensor] = []
+        for unit, size in zip(self.units, self.sizes, strict=True):
+            cache = tuple(context[str(k)] for k in range(len(after), len(after) + size))
+            x, cache = unit.decode(x, cache, context["position"])  # type: ignore[operator]  # any module that has it
+            after += cache
+        return x, *after
 
 
 class Stage:
@@ -73,12 +103,12 @@ class Stage:
         self.names, self.device, self.index = tuple(names), device, index
         self._backend = backend(device.api)
         self._where = torch.device(self._backend.torch_device(device.name))
-        if self._where.type != "cpu":
-            for unit in units:
-                unit.to(self._where)
+        for unit in units:
+            unit.to(self._where)
         self._chain = Chain(units)
         self._chain_with_loss = self._chain if loss is None else Chain(units, loss)
-        self._compiled: dict[Chain, CompiledStage] = {}
+        self._decoding: Decoding | None = None
+        self._compiled: dict[nn.Module, CompiledStage] = {}
         self._input_grad = input_grad
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -90,18 +120,47 @@ class Stage:
             x: (B, ...) input; its gradient is not recorded in it.
             context: tensors with B as first dimension; a last stage finds its targets there.
         """
-        x, context = self._here(x, context)
+        x, context = self.here(x, context)
         if self._input_grad and x.is_floating_point():
             x.requires_grad_()
         with torch.enable_grad():
-            y = self._run(self._chain_with_loss, x, context)
+            y: Tensor = self._run(self._chain_with_loss, x, context)
         self._slots[slot] = (x, y)
         return y.detach()
 
     def infer(self, x: Tensor, context: Context) -> Tensor:
         """As `forward`, with nothing kept."""
         with torch.no_grad():
-            return self._run(self._chain_with_loss, *self._here(x, context))
+            y: Tensor = self._run(self._chain_with_loss, *self.here(x, context))
+        return y
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """What `decode` remembers of the tokens before, of none yet: what the units' `new_cache` give, in a row.
+
+        Raises:
+            StageError: a unit can't decode.
+        """
+        for name, unit in zip(self.names, self._chain.units, strict=True):
+            if not hasattr(unit, "decode"):
+                raise StageError(f"layer {name!r} can't decode", expected="methods new_cache and decode")
+        caches = [unit.new_cache(batch_size) for unit in self._chain.units]  # type: ignore[operator]
+        if self._decoding is None:
+            self._decoding = Decoding(list(self._chain.units), [len(cache) for cache in caches])
+        return tuple(tensor for cache in caches for tensor in cache)
+
+    def decode(self, x: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
+        """The layers' output for the next tokens of sequences, on the device, in the caller's thread.
+
+        Args:
+            x: (B, T, ...) input.
+            cache: of `new_cache` or of the call before.
+            position: () int64, number of tokens before these.
+        """
+        assert self._decoding is not None, "new_cache comes first"
+        context = {"position": position, **{str(k): tensor for k, tensor in enumerate(cache)}}
+        with torch.no_grad():
+            y, *after = self._run(self._decoding, *self.here(x, context))
+        return y, tuple(after)
 
     def backward(self, slot: int, grad: Tensor | None) -> Tensor | None:
         """Add the parameters' gradients and give the input's.
@@ -121,8 +180,9 @@ class Stage:
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         """The layers' output within the caller's autograd graph, without the loss, in the caller's thread."""
-        _, context = self._here(x, context)
-        return self._run(self._chain, x.to(self._where), context)
+        _, context = self.here(x, context)
+        y: Tensor = self._run(self._chain, x.to(self._where), context)
+        return y
 
     def is_trainable(self) -> bool:
         """Whether any of its parameters wants a gradient now."""
@@ -145,13 +205,14 @@ class Stage:
         """Launches on the device so far, by op."""
         return self._backend.launches(self.device.name)
 
-    def _here(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        x = x.detach().to(self._where)  # between devices of the host the same memory: `to` then copies nothing
-        if self._where.type != "cpu":
-            context = {key: value.to(self._where) for key, value in context.items()}
-        return x, context
+    def here(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """An input without history, and its context, where the device's tensors live.
 
-    def _run(self, chain: Chain, x: Tensor, context: Context) -> Tensor:
+        Between devices of the host that is the same memory, and nothing is copied.
+        """
+        return x.detach().to(self._where), {key: value.to(self._where) for key, value in context.items()}
+
+    def _run(self, chain: nn.Module, x: Tensor, context: Context) -> Any:
         compiled = self._compiled.get(chain)
         if compiled is None:
             compiled = self._backend.compile(chain, (x, context), self.device.name)

@@ -30,7 +30,7 @@ class Unit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(3, 3)
-        self.fail: Exception | None = None
+        self.fail: BaseException | None = None
         self.sleep_s = 0.0
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
@@ -76,15 +76,16 @@ def step_alone(model: Model) -> float:
     return squared(model.second(model.first(BATCH.inputs, {}), {}), BATCH.targets).item()
 
 
+@pytest.mark.parametrize("kind", [FloatingPointError, SystemExit])  # a worker that an exit ends is waited for for ever
 @pytest.mark.parametrize(("layer", "stage", "device"), [("first", 0, "cpu"), ("second", 1, "fake:0")])
-def test_a_failing_stage_is_named_and_the_next_step_works(topology, layer, stage, device):
+def test_a_failing_stage_is_named_and_the_next_step_works(topology, layer, stage, device, kind):
     model = Model()
     with place_stages(model, TWO_STAGES, topology, loss=squared, n_microbatches=4) as placed:
-        getattr(model, layer).fail = FloatingPointError("gone wrong")
+        getattr(model, layer).fail = kind("gone wrong")
         with pytest.raises(StageError, match=rf"stage {stage} \({layer}\) on {device} failed in the forward") as caught:
             placed.step(BATCH)
-        assert "FloatingPointError: gone wrong" in str(caught.value)
-        assert isinstance(caught.value.__cause__, FloatingPointError)
+        assert f"{kind.__name__}: gone wrong" in str(caught.value)
+        assert isinstance(caught.value.__cause__, kind)
         getattr(model, layer).fail = None
         model.zero_grad()
         assert placed.step(BATCH) == pytest.approx(step_alone(model), rel=1e-6)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hetero
 import lm
+from experiments import measure
 from hetero.backends import all_backends, cpu
 from hetero.device import Device
 from hetero.discovery import discover
-from hetero.errors import DeviceError, PlacementError
+from hetero.errors import DeviceError, PlacementError, StageError
 from hetero.planner.plan import Plan, PlanStage
-from hetero.runtime import place, place_stages, token_cross_entropy
+from hetero.runtime import Stage, place, place_stages, token_cross_entropy
+from hetero.runtime.pipeline import split
 from hetero.topology import Topology
 
 B, T, V = 8, 12, 17
@@ -60,15 +66,14 @@ def make_batch(rows: int = B, *, context: dict[str, Tensor] | None = None) -> Si
 
 def reference_step(model: nn.Module, batch: SimpleNamespace, n_microbatches: int) -> float:
     """The same step in plain torch: a loop over the micro-batches."""
-    rows = -(-batch.inputs.shape[0] // n_microbatches)
     n_all, total = int((batch.targets != -100).sum()), 0.0
-    for i in range(0, batch.inputs.shape[0], rows):
-        targets = batch.targets[i : i + rows]
+    for rows in torch.arange(batch.inputs.shape[0]).tensor_split(n_microbatches):
+        targets = batch.targets[rows]
         n = int((targets != -100).sum())
         if n == 0:
             continue
-        context = {key: value[i : i + rows] for key, value in batch.context.items()}
-        loss = lm.loss(model(batch.inputs[i : i + rows], context), targets)
+        context = {key: value[rows] for key, value in batch.context.items()}
+        loss = lm.loss(model(batch.inputs[rows], context), targets)
         (loss * (n / n_all)).backward()
         total += n / n_all * loss.item()
     return total
@@ -125,6 +130,18 @@ def test_repeated_steps_are_equal_bit_for_bit(topology):
         for _ in range(5):
             assert placed.step(batch) == first_loss
             assert_same_bits(gradients(model), first)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_microbatches", "sizes"),
+    [(8, 4, [2, 2, 2, 2]), (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]), (8, 5, [2, 2, 2, 1, 1]), (3, 5, [1, 1, 1])],
+)
+def test_a_batch_is_cut_into_as_many_even_parts_as_there_are_micro_batches(rows, n_microbatches, sizes):
+    batch = SimpleNamespace(inputs=torch.arange(rows), targets=torch.arange(rows), context={"row": torch.arange(rows)})
+    parts = split(batch, n_microbatches)
+    assert [len(part.inputs) for part in parts] == [part.n_targets for part in parts] == sizes
+    for key in ("row", "targets"):
+        assert torch.equal(torch.cat([part.context[key] for part in parts]), batch.inputs)
 
 
 class Noting(nn.Module):
@@ -198,6 +215,14 @@ def test_events_tell_device_stage_and_micro_batch_in_order(topology):
         for i in range(4):
             assert ends[first, i].end_s <= ends[second, i].start_s  # nothing starts before its input is there
         assert [e.microbatch for e in events if e.phase == phase and e.stage == first] == [0, 1, 2, 3]
+
+
+def test_an_event_ends_when_its_device_is_done(topology, monkeypatch):
+    monkeypatch.setattr(Stage, "sync", lambda _: time.sleep(0.02))  # a device that goes on after the call
+    with place_stages(make_model(), [("cpu", 0, 5)], topology, loss=lm.loss, n_microbatches=2) as placed:
+        placed.step(make_batch())
+        assert len(placed.last_events) == 4
+        assert all(event.end_s - event.start_s >= 0.02 for event in placed.last_events)
 
 
 def test_the_loss_is_the_mean_over_all_targets_that_count(topology):
@@ -288,7 +313,6 @@ def test_state_dict_is_the_unplaced_models(topology):
     with place_stages(model, CUTS["two stages"], topology, loss=lm.loss, n_microbatches=2) as placed:
         assert_same_bits(dict(placed.state_dict()), dict(make_model().state_dict()))
         placed.load_state_dict(other.state_dict())
-        assert [name for name, _ in placed.layers()] == [name for name, _ in other.layers()]
         found = placed.step(make_batch())
     assert found == reference_step(other, make_batch(), 2)
     assert_same_bits(dict(model.state_dict()), dict(other.state_dict()))
@@ -334,6 +358,42 @@ def test_a_step_with_an_opencl_stage_equals_torchs_within_rounding():
     assert nats / n_targets == pytest.approx(expected_loss, rel=1e-6)
 
 
+def greedy(decoder: Any, *, steps: int) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a prompt of 3 tokens in two rows, continued by the likeliest token."""
+    tokens, logits, cache = make_batch(2).inputs[:, :3], [], decoder.new_cache(2)
+    new, position = tokens, 0
+    for _ in range(steps):
+        out, cache = decoder.decode(new, cache, torch.tensor(position))
+        position += new.shape[1]
+        new = out[:, -1].argmax(-1, keepdim=True)
+        logits.append(out[:, -1].detach())
+        tokens = torch.cat([tokens, new], 1)
+    return tokens, torch.stack(logits)
+
+
+def test_a_placed_model_decodes_on_its_devices():
+    model = make_model()
+    expected = greedy(model, steps=T - 3)
+    chosen = discover(["cpu", "opencl:0"])
+    with place_stages(model, [("cpu", 0, 1), ("opencl:0", 2, 5)], chosen, loss=lm.loss) as placed:
+        before = Counter(placed.launches().get("opencl:0", {}))
+        tokens, logits = greedy(placed, steps=T - 3)
+        launched = Counter(placed.launches()["opencl:0"]) - before
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-5)
+    products = {name: launched[name] / (T - 3) for name in ("addmm", "bmm", "mm")}
+    # a token: two linear maps of each of two MLPs and of the attention, which has four products inside; the head. Each
+    # takes two launches, since an operand is packed first.
+    assert products == {"addmm": 2 * 6, "bmm": 2 * 4, "mm": 2 * 1}, launched
+
+
+def test_a_model_that_can_not_decode_says_which_layer(topology):
+    model = Chained(Noting(), Noting())
+    with place_stages(model, [("cpu", 0, 1)], topology, loss=squared) as placed:
+        with pytest.raises(StageError, match="layer 'unit0' can't decode"):
+            placed.new_cache(1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; needs an NVIDIA GPU and torch with CUDA")
 def test_a_step_with_a_cuda_stage_equals_torchs_within_rounding():
     topology = discover(["cpu", "cuda:0"])
@@ -351,9 +411,55 @@ def test_a_step_with_a_cuda_stage_equals_torchs_within_rounding():
     assert nats / n_targets == pytest.approx(expected_loss, rel=1e-5)
 
 
-def make_plan(model: lm.Transformer, stages: list[tuple[str, int, int]]) -> Plan:
+class Elsewhere:
+    """A runtime whose tensors are not the host's: torch's device without memory."""
+
+    def torch_device(self, name: str) -> str:
+        return "meta"
+
+
+class Moved(nn.Module):
+    """Notes where it is moved to; there is no way back from "meta"."""
+
+    def to(self, where: torch.device) -> None:
+        self.where = where.type
+
+
+def test_a_stage_moves_its_units_to_its_device_and_back_to_the_host(topology, monkeypatch):
+    monkeypatch.setitem(all_backends(), "fake", Elsewhere())
+    unit, linear = Moved(), nn.Linear(2, 2)
+    for name, where in (("fake:0", "meta"), ("cpu", "cpu")):
+        Stage(["unit"], [unit], topology.device(name))
+        assert unit.where == where
+    Stage(["linear"], [linear], topology.device("fake:0"))
+    assert linear.weight.device.type == "meta"
+
+
+def test_placements_that_are_measured_in_turn_have_a_model_each(topology, monkeypatch):
+    models = []
+    original = hetero.place_stages
+    monkeypatch.setattr(
+        hetero, "place_stages", lambda model, *a, **k: (models.append(model), original(model, *a, **k))[1]
+    )
+    monkeypatch.setattr(measure.arms, "build", lambda *_: make_model())
+    monkeypatch.setattr(measure.planning, "example_batch", lambda *_: make_batch())
+    setting = SimpleNamespace(
+        config=SimpleNamespace(seeds=[0]),
+        corpus=SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=V)),
+        topology=topology,
+    )
+    placements = [(("cpu", 0, 5),), (("fake:0", 0, 5),)]
+    assert list(measure._interleaved(setting, "baseline", placements, 2, 1)) == placements
+    assert len({id(model) for model in models}) == 2
+    batches = [gradients(model) for model in models]
+    assert_same_bits(batches[0], batches[1])
+    reference_step(models[0], make_batch(), 2)
+    assert_same_bits(batches[0], gradients(models[0]))  # of the last step alone
+
+
+def make_plan(model: lm.Transformer, stages: list[tuple[str, int, int]], cores: tuple[int, ...] = ()) -> Plan:
     names = [name for name, _ in model.layers()]
-    planned = tuple(PlanStage(d, i, j, tuple(names[i : j + 1]), 1.0, 1.0, 0.1, 0) for d, i, j in stages)
+    planned = tuple(PlanStage(d, i, j, tuple(names[i : j + 1]), 1.0, 1.0, 0.1, 0, cores) for d, i, j in stages)
     return Plan(planned, 4, "train_step", "gpipe", 1.0, 1.0, 0.0, "optimal", "", 0.0, "", (1.0, 1.0), (), (), "")
 
 
@@ -363,6 +469,23 @@ def test_a_plan_is_placed_with_its_stages_and_micro_batches(topology):
         assert [stage.device.name for stage in placed.stages] == ["cpu", "fake:0"]
         assert placed.step(batch) == reference_step(make_model(), batch, 4)
         assert {event.microbatch for event in placed.last_events} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_plan_runs_on_the_cores_for_which_it_was_priced(is_given):
+    host = Topology((Device("cpu", "cpu", "cpu", 2**30, cores=cpu.host_cores()),))
+    cores = cpu.host_cores()[-1:]
+    plan = make_plan(make_model(), [("cpu", 0, 5)], cores)
+    with place(make_model(), plan, topology=host if is_given else None) as placed:
+        assert placed.stages[0].device.cores == cores
+        assert [worker.call(lambda: os.sched_getaffinity(0)) for worker in placed._workers.values()] == [set(cores)]
+
+
+@pytest.mark.parametrize("cores", [(10**6,), (*cpu.host_cores(), 10**6)])
+def test_a_plan_for_cores_that_are_not_here_is_refused(cores):
+    plan = make_plan(make_model(), [("cpu", 0, 5)], cores)
+    with pytest.raises(PlacementError, match=r"(?s)other cores of 'cpu'.*expected: cores .*1000000"):
+        place(make_model(), plan)
 
 
 def test_a_plan_for_other_layers_is_refused(topology):

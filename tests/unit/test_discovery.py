@@ -110,6 +110,16 @@ def test_the_cpu_can_use_no_more_memory_than_there_is():
     assert 2**28 < memory <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def test_no_device_in_the_hosts_memory_has_more_of_it_than_the_cpu_may_use(monkeypatch):
+    fields = FakeAer().devices(True)[0] | {"memory_bytes": 2**40, "memory_pool": "host"}
+    monkeypatch.setattr(FakeAer, "devices", lambda *_: [fields, {**fields, "name": "gpu", "memory_pool": ""}])
+    monkeypatch.setattr(cpu, "memory_bytes", lambda: 2**30)
+    topology = discover()
+    assert topology.device("aer").memory_bytes == topology.device("cpu").memory_bytes == 2**30
+    assert topology.device("aer").provenance["memory_bytes"] == "operating system"
+    assert topology.device("gpu").memory_bytes == 2**40
+
+
 def test_measurements_are_stored_for_that_device_alone():
     measured = measure(discover().device("opencl:0.1"))
     assert (measured.flops, measured.bandwidth, measured.launch_s) == (5e9, 2e9, 1e-6)
@@ -133,11 +143,14 @@ def test_a_simulated_device_is_not_measured():
         measure(Device("h100:0", "gpu", "cuda", 1, simulated=True))
 
 
-def test_a_broken_cache_entry_is_ignored(caplog):
+@pytest.mark.parametrize(
+    "text", ['{"figures": {"flo', "{}", "[]", "null", '{"figures": [1]}', '{"date": "", "figures": {"flops": "fast"}}']
+)
+def test_a_broken_cache_entry_is_ignored(caplog, text):
     device = discover().device("opencl:0.1")
     measure(device)
     for path in (cache.folder() / "devices").iterdir():
-        path.write_text('{"figures": {"flo')
+        path.write_text(text)
     assert discover().device("opencl:0.1").flops is None
     assert "unreadable" in caplog.text
 

@@ -1,12 +1,18 @@
 import dataclasses
+import itertools
 import json
+import math
+import time
 
+import numpy as np
 import pytest
 
 from hetero.cost import Costs, LayerCost, LayerTime, StageOverhead
 from hetero.device import Absence, Device
 from hetero.errors import DeviceError, PlacementError
-from hetero.planner import Plan, draw, evaluate, given_plan, plan
+from hetero.planner import Alternative, Plan, bounds, draw, evaluate, given_plan, plan
+from hetero.planner.labels import LabelSearch
+from hetero.planner.plan import NOT_PRICED
 from hetero.schedule import simulate
 from hetero.topology import Link, Topology
 
@@ -53,6 +59,7 @@ def test_the_plan_of_the_example_is_the_one_worked_out_by_hand():
     assert made.value == pytest.approx(forward + 7 * 0.046 + backward + 7 * 0.091 + 2 * 2 * 0.0002, rel=1e-12)
     assert (made.proof, made.gap, made.lower_bound) == ("optimal", 0.0, made.value)
     assert made.stages[0].memory_bytes == 4 * (MIB + 3 * MIB + 8 * MIB)
+    assert [stage.cores for stage in made.stages] == [(0,), (0,), (1,)]
 
 
 def test_the_alternatives_are_priced_beside_the_plan():
@@ -173,7 +180,91 @@ def test_several_runs_a_device_are_found_when_asked_for():
     )
 
 
+# Time
+
+
+def uneven(n_layers=10, n_devices=5):
+    """Layers and devices of random speeds: a narrow search proves nothing about them."""
+    r = np.random.default_rng(3)
+    devices = tuple(Device(f"d{k}", "cpu", "cpu", 2**33) for k in range(n_devices))
+    layers = (layer(f"l{i}", {d.name: tuple(map(float, r.random(2))) for d in devices}) for i in range(n_layers))
+    return Costs(tuple(layers), 8), Topology(devices, (Link("*", "*", 0.01, 1e9),))
+
+
+def count_seconds(monkeypatch, step_s):
+    """A clock on which each look takes so many seconds."""
+    clock = itertools.count(0.0, step_s)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+
+def test_bounds_are_sharpened_no_longer_than_the_time_limit(monkeypatch):
+    monkeypatch.setattr("hetero.planner.chain._BEAMS", (1, 1))
+    monkeypatch.setattr("hetero.planner.labels._HURRIED_BEAM", 1)
+    tables, original = [], bounds.completion
+    monkeypatch.setattr(bounds, "completion", lambda *a: (tables.append(1), original(*a))[1])
+    costs, topology = uneven()
+    with monkeypatch.context() as patch:
+        count_seconds(patch, 1.0)
+        made = plan(costs, topology, time_limit_s=15.0)
+    assert made.proof == "bounded"
+    assert 0 < made.lower_bound < made.value
+    assert 1 < len(tables) < 10
+
+
+def test_alternatives_for_which_no_time_is_left_are_named_and_not_priced(monkeypatch):
+    with monkeypatch.context() as patch:
+        count_seconds(patch, 10.0)
+        made = plan(example(), machine(), time_limit_s=20.0)
+    reasons = {other.name: other.reason for other in made.alternatives}
+    assert reasons["runner-up"] == reasons["best without cpu"] == NOT_PRICED == "not priced: out of time"
+    assert "not possible" not in next(line for line in made.explain().splitlines() if line.startswith("runner-up"))
+
+
+def test_the_reason_of_a_refusal_is_looked_for_within_the_time_limit(monkeypatch):
+    deadlines, run = [], LabelSearch.run
+    monkeypatch.setattr(
+        LabelSearch, "run", lambda self, **options: (deadlines.append(options["deadline"]), run(self, **options))[1]
+    )
+    refusal(example(quantum=False), machine(), max_memory={"cpu": 20 * MIB, "opencl:0.1": 54 * MIB})
+    assert len(deadlines) > 1
+    assert max(deadlines) < math.inf
+
+
+def test_too_little_memory_in_total_is_refused_without_a_search(monkeypatch):
+    monkeypatch.setattr(LabelSearch, "run", lambda *_, **__: pytest.fail("searched"))
+    text = refusal(example(), machine(), max_memory={"host": 40 * MIB})
+    assert "more memory than all devices have together" in text
+    assert f"{40 * MIB} B free on cpu, opencl:0.1, aer" in text
+    assert f"{6 * 12 * MIB} B" in text
+
+
 # Words
+
+
+def shared_core_apart(m=2):
+    """Three layers of 1 s forwards and backwards for a device each; the first and the last device share a core."""
+    devices = tuple(Device(name, "cpu", "cpu", 2**33, cores=(core,)) for name, core in (("a", 0), ("b", 1), ("q", 0)))
+    layers = tuple(layer(f"l{i}", {device.name: (1.0, 1.0)}) for i, device in enumerate(devices))
+    return Costs(layers, m), Topology(devices, (Link("*", "*", 0.0, float("inf")),))
+
+
+def test_a_formula_that_the_simulated_schedule_beats_is_said_to_be_one():
+    # The core of a and q is never idle (a, a, q, q, then back): 8 s. The formula adds b's 1 s each way: 10 s.
+    made = plan(*shared_core_apart())
+    assert made.value == made.lower_bound == 10.0
+    assert simulate(made).makespan_s == 8.0
+    words = "formula 10.0 s; simulated schedule 8.00 s: stages that share a core overlap better than the formula"
+    assert words in made.explain()
+    assert words in draw(made)
+    assert "optimal under the step-time formula" in made.explain()
+    assert "no placement" not in made.explain()
+
+
+def test_a_formula_that_the_simulated_schedule_keeps_is_not_remarked_upon():
+    costs, topology = shared_core_apart()
+    apart = dataclasses.replace(topology, devices=tuple(dataclasses.replace(d, cores=()) for d in topology.devices))
+    made = plan(costs, apart)
+    assert "simulated schedule" not in made.explain() + draw(made)
 
 
 def test_explain_says_value_bound_proof_binding_constraint_and_alternatives():
@@ -207,7 +298,21 @@ def test_the_binding_constraint_names_devices_that_share_the_busiest_core():
 
 def test_a_faster_placement_outside_the_search_is_noted():
     made = plan(example(), machine(), objective="latency")
-    assert "cpu alone is faster" in made.explain()
+    assert "cpu alone is faster: it gives a device several runs of layers" in made.explain()
+
+
+def test_a_faster_placement_that_the_search_did_not_reach_is_not_said_to_be_of_another_kind():
+    made = plan(example(quantum=False), machine().only(["cpu", "opencl:0.1"]))
+    faster = Alternative("cpu alone", (("cpu", 0, 5),), made.value / 2)
+    text = dataclasses.replace(made, alternatives=(faster,)).explain()
+    assert "cpu alone is faster: the search was not complete" in text
+
+
+def test_a_baseline_that_breaks_a_pin_is_not_possible():
+    made = plan(example(quantum=False), machine().only(["cpu", "opencl:0.1"]), pins={"head": "opencl:0.1"})
+    others = {other.name: other for other in made.alternatives}
+    assert (others["cpu alone"].value, others["cpu alone"].reason) == (None, "breaks the pin of 'head'")
+    assert others["opencl:0.1 alone"].value is not None
 
 
 @pytest.mark.parametrize("objective", ["train_step", "throughput", "latency"])
@@ -241,10 +346,11 @@ def test_a_layer_larger_than_every_device_is_named_with_the_bytes_needed_and_fre
         assert part in text
 
 
-def test_a_pool_that_is_too_small_names_the_first_layer_that_does_not_fit():
-    text = refusal(example(), machine(), max_memory={"host": 40 * MIB})
-    assert "'block1.attention' fits on no device after the 3 layers before it" in text
-    assert f"{4 * MIB} B free on cpu" in text
+def test_memory_that_is_enough_in_total_only_names_the_first_layer_that_does_not_fit():
+    # One layer of 12 MiB in 20 MiB and four in 54 MiB: the sixth finds 8 and 6 MiB.
+    text = refusal(example(quantum=False), machine(), max_memory={"cpu": 20 * MIB, "opencl:0.1": 54 * MIB})
+    assert "'head' fits on no device after the 5 layers before it" in text
+    assert f"{6 * MIB} B free on opencl:0.1" in text
 
 
 def test_pins_that_tear_a_device_apart_are_told_from_a_lack_of_memory():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hetero.backends import all_backends, cpu
-from hetero.cost import Costs
+from hetero.cost import Costs, StageOverhead
 from hetero.device import Device
 from hetero.errors import DeviceError
+from hetero.modules import signature
 from hetero.profile import profile
 from hetero.runtime import calibration, measurement
 from hetero.topology import Topology
@@ -130,7 +132,53 @@ def test_saved_bytes_are_what_autograd_keeps():
     costs = run(Quick(), Quick())
     rows = B // M
     # A linear map keeps its input, tanh its output; the weight is a parameter and not counted.
-    assert costs.layers[1].saved_bytes == 2 * rows * D * 4
+    assert costs.layers[0].saved_bytes == 2 * rows * D * 4
+    # The last stage that runs computes the loss, whose square keeps the difference.
+    assert costs.layers[1].saved_bytes == 3 * rows * D * 4
+    assert run(Quick(), Quick(), loss=None).layers[1].saved_bytes == 2 * rows * D * 4
+
+
+def test_more_micro_batches_than_rows_are_refused():
+    with pytest.raises(ValueError, match=f"a batch of {B} rows has no {B + 1} micro-batches"):
+        profile([("a", Quick())], BATCH, Topology((CPU,)), n_microbatches=B + 1)
+
+
+class Sized(nn.Module):
+    def __init__(self, setting: Any) -> None:
+        super().__init__()
+        self._setting = setting
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([1, 1], [1000, 1000]), ({"width": 1}, {"width": 2}), ({"widths": [1]}, {"widths": [2]}), (1, 2)]
+)
+def test_modules_of_other_settings_are_not_built_alike(one, other):
+    assert signature(Sized(one)) == signature(Sized(copy.deepcopy(one)))
+    assert signature(Sized(one)) != signature(Sized(other))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[[1]]", '"figures"', '{"forward_s": "fast"}'])
+def test_a_stored_profile_of_another_form_is_measured_again(tmp_path, text):
+    run(Quick(), Quick(), devices=(CPU, FAKE))
+    for path in (tmp_path / "profile").iterdir():
+        path.write_text(text)
+    costs = run(Quick(), Quick(), devices=(CPU, FAKE))
+    assert all(layer.times["cpu"].forward_s >= 0.0 for layer in costs.layers)
+    assert text not in [path.read_text() for path in (tmp_path / "profile").iterdir()]
+
+
+class Elsewhere:
+    """A runtime whose tensors are not the host's: torch's device without memory."""
+
+    def torch_device(self, name: str) -> str:
+        return "meta"
+
+
+def test_a_timed_stage_finds_its_input_where_it_computes(monkeypatch):
+    monkeypatch.setitem(all_backends(), "fake", Elsewhere())
+    layer = calibration.Layer("a", Quick(), "", torch.ones(2, D), 0, {"mask": torch.ones(2)}, None)
+    workload = calibration._workload([layer], FAKE)
+    assert workload.x.device.type == workload.context["mask"].device.type == "meta"
 
 
 def test_layers_built_alike_are_measured_once(monkeypatch):
@@ -261,6 +309,19 @@ def test_a_compute_bound_layer_is_priced_by_its_operations():
     assert costs.layers[0].times["h100:0"].forward_s == pytest.approx(2 * B // M * D * D / 1e5)
 
 
+class Scaled(Quick):
+    """Reads its context."""
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return super().forward(x * context["scale"], context)
+
+
+def test_a_layer_that_reads_its_context_is_priced_by_the_roofline():
+    batch = SimpleNamespace(inputs=BATCH.inputs, targets=BATCH.targets, context={"scale": torch.ones(B, 1)})
+    costs = profile([("a", Scaled())], batch, Topology((SHEET,)), n_microbatches=M)
+    assert costs.layers[0].times["h100:0"].source == "roofline"
+
+
 def test_a_layers_own_statement_goes_before_the_roofline():
     qpu = Device("qpu:0", "qpu", "aer", 2**30, simulated=True)
     costs = run(Quick(), Quantum(), Quick(), devices=(CPU, qpu))
@@ -277,9 +338,9 @@ def test_a_data_sheet_without_figures_is_refused():
 def test_the_fixed_cost_of_a_stage_follows_from_units_alone_and_together():
     sample = calibration.Sample
     alone = [sample(3.0, 5.0, 0.1), sample(4.0, 6.0, 0.1), sample(5.0, 7.0, 0.1)]
-    assert calibration._overhead(alone, sample(10.0, 18.0, 0.1)) == [1.0, 0.0]
-    assert calibration._overhead(alone, sample(2.0, 2.0, 0.1)) == [3.0, 5.0]  # no more than the quickest unit
-    assert calibration._overhead(alone, None) == [0.0, 0.0]
+    assert calibration._overhead(alone, sample(10.0, 18.0, 0.1)) == StageOverhead(1.0, 0.0)
+    assert calibration._overhead(alone, sample(2.0, 2.0, 0.1)) == StageOverhead(3.0, 5.0)  # at most the quickest unit
+    assert calibration._overhead(alone, None) == StageOverhead()
 
 
 def test_profiling_leaves_gradients_and_the_json_form_whole():

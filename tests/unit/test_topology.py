@@ -57,7 +57,7 @@ def test_two_devices_of_one_name_are_an_error():
 
 
 def test_json_gives_the_same_topology_back():
-    links = (Link("a", "b", 0.0, float("inf")), Link("a", "*", 1e-6, 1e9, "half", "measured"))
+    links = (Link("a", "b", 0.0, float("inf")), Link("a", "*", 1e-6, 1e9, "measured"))
     topology = Topology((device("a", cores=(0, 1)), device("b")), links, (Absence("cuda", "no driver", "install"),))
     text = json.dumps(topology.to_json(), allow_nan=False)
     assert Topology.from_json(json.loads(text)) == topology
@@ -75,7 +75,7 @@ devices:
     provenance: {flops: data sheet}
 links:
   - {source: host, target: "h100:*", latency_s: 1e-5, bandwidth: 5e10}
-  - {source: "h100:*", target: "h100:*", latency_s: 2e-6, bandwidth: 4.5e11, duplex: full}
+  - {source: "h100:*", target: "h100:*", latency_s: 2e-6, bandwidth: 4.5e11}
 """
 
 
@@ -105,7 +105,11 @@ def test_a_file_gives_simulated_devices(tmp_path):
         ("    kind: gpu\n", "", ":3:5: devices[1].kind", "missing"),
         ("bandwidth: 5e10", "bandwidth: 0", "links[0].bandwidth", "expected more"),
         ("    count: 2\n", "    count: two\n", ":4:12: devices[1].count", "whole number"),
+        ("memory_bytes: 80e9", "memory_bytes: 1e999", ":7:19: devices[1].memory_bytes", "such as 80 GiB"),
         ("name: h100", "name: host", ":1:1: devices", ""),
+        ("source: host", "source: hots", ":11:5: links[0].source", "'hots' matches no device; there are host, h100:0"),
+        ('target: "h100:*", latency_s: 2e-6', "target: h100, latency_s: 2e-6", "links[1].target", "'h100' matches no"),
+        ("bandwidth: 4.5e11", "bandwidth: 1, duplex: half", "links[1].duplex", "unknown key"),
     ],
 )
 def test_a_fault_in_a_file_is_named_with_its_place(tmp_path, old, new, place, text):
@@ -128,7 +132,7 @@ def test_all_faults_of_a_file_are_named_at_once(tmp_path):
     assert "links[0].latency_s" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "devices: [", "- 1", "devices: {}", "devices: []"])
+@pytest.mark.parametrize("text", ["", "devices: [", "- 1", "devices: {}", "devices: []", "devices: \x01"])
 def test_what_is_no_topology_is_an_error(tmp_path, text):
     with pytest.raises(DeviceError):
         Topology.from_yaml(write(tmp_path, text))
