@@ -8,9 +8,9 @@ ARGS   ?=
 PIP_ARGS ?=
 EXTRAS ?= dev
 
+comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 BIN   := $(VENV)/bin
-comma := ,
 
 .PHONY: setup run test test-all check bench clean
 .DEFAULT_GOAL := setup

@@ -151,6 +151,9 @@ def _plan(options: argparse.Namespace) -> None:
     from hetero.schedule import simulate
 
     loaded = config_file.load(options.config, options.overrides)
+    if loaded.config.sweep:
+        remedy = "plan one combination: heteroq plan CONFIG sweep={} a.b=c"
+        raise loaded.source.error(("sweep",), "several configurations; one is planned at a time", remedy=remedy)
     setting = planning.prepare(loaded, topology_file=options.topology)
     plans = {arm: planning.plan_arm(setting, arm) for arm in loaded.config.arms}
     if options.trace is not None:
@@ -197,9 +200,9 @@ def _run(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from experiments import record, report, sweep
 
-    if options.html is not None and len(options.folders) > 1:
-        raise ConfigError("--html names one file for several runs", remedy="give one DIR, or leave --html out")
     folders = [one for folder in options.folders for one in sweep.run_folders(folder)]
+    if options.html is not None and len(folders) > 1:
+        raise ConfigError("--html names one file for several runs", remedy="give one run's DIR, or leave --html out")
     summaries = [record.finished_summary(folder) for folder in folders]
     for folder, summary in zip(folders, summaries, strict=True):
         try:

@@ -1,7 +1,8 @@
 """Arms against each other, paired by seed, and what may be said about it.
 
-One family: every comparison that is made, the arms against the baseline and the hybrid against its controls, shares one
-Holm adjustment. A claim needs ten seeds, an adjusted p value below alpha and an interval without zero.
+One family: every test that is made, of a difference and of equivalence, of the arms against the baseline and of the
+hybrid against its controls, shares one Holm adjustment. A claim needs ten seeds and an adjusted p value below alpha; of
+a difference, an interval without zero besides.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Comparison:
         difference: mean of arm - against over the seeds [nat/token].
         interval: Student's t interval of it; None with a single seed.
         p_permutation: exact sign-flip test of no difference.
-        p_holm: the same, adjusted for all comparisons.
+        p_holm: the same, adjusted for all tests of both kinds.
         p_tost: two one-sided tests of a difference of at least the margin; None without margin or with one seed.
-        p_tost_holm: the same, adjusted for all comparisons.
+        p_tost_holm: the same, adjusted for all tests of both kinds.
         n: number of seeds.
         verdict: `better`, `worse`, `equivalent`, `no evidence` or `too few seeds`, in a sentence.
     """
@@ -70,13 +71,13 @@ def compare(
     differences = [[losses[arm][seed] - losses[other][seed] for seed in losses[arm]] for arm, other in pairs]
     flips = [statistics.sign_flip_test(values) for values in differences]
     tosts = [None if margin is None else statistics.equivalence_test(values, margin) for values in differences]
-    adjusted = statistics.holm(flips)
-    adjusted_tosts = statistics.holm([1.0 if p is None else p for p in tosts])
+    adjusted = statistics.holm([*flips, *(p for p in tosts if p is not None)])
+    adjusted_tosts = iter(adjusted[len(flips) :])
     out = []
     for i, (arm, other) in enumerate(pairs):
         mean = math.fsum(differences[i]) / len(differences[i])
         interval = statistics.mean_interval(differences[i], confidence=1 - alpha)
-        p_tost_holm = None if tosts[i] is None else adjusted_tosts[i]
+        p_tost_holm = None if tosts[i] is None else next(adjusted_tosts)
         verdict = _verdict(mean, interval, adjusted[i], p_tost_holm, len(differences[i]), margin=margin, alpha=alpha)
         out.append(
             Comparison(

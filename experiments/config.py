@@ -256,8 +256,11 @@ def _arm_rules(config: Config) -> Iterator[Complaint]:
     if quantum.unit not in units:
         choices = ", ".join(units[:4]) + (", ..." if len(units) > 4 else "")
         yield (("quantum", "unit"), ("model", "n_layer")), f"no unit '{quantum.unit}'; there are {choices}"
-    if quantum.simulator == "torch" and quantum.shots is not None:
-        yield (("quantum", "shots"), ("quantum", "simulator")), "simulator 'torch' is exact and takes no shots"
+    if quantum.simulator != "aer" and quantum.shots is not None:
+        yield (
+            (("quantum", "shots"), ("quantum", "simulator")),
+            f"simulator '{quantum.simulator}' takes no shots; 'aer' does",
+        )
 
 
 def _device_rules(config: Config) -> Iterator[Complaint]:
@@ -268,6 +271,8 @@ def _device_rules(config: Config) -> Iterator[Complaint]:
             yield (("plan", "pins", layer), ("model", "n_layer")), f"no layer '{layer}'; there are {', '.join(layers)}"
         if plan.devices is not None and device not in plan.devices:
             yield (("plan", "pins", layer), ("plan", "devices")), f"'{device}' is not in plan.devices"
-    circuits = quantum is not None and bool({"hybrid", "frozen"} & set(config.arms))
-    if circuits and plan.topology is None and plan.devices is not None and "aer" not in plan.devices:
-        yield (("plan", "devices"), ("quantum",), ("arms",)), "circuits need the device 'aer' in this list"
+    if quantum is None or not {"hybrid", "frozen"} & set(config.arms):
+        return
+    needed = "aer" if quantum.simulator in ("aer", "qiskit.aer") else "cpu"
+    if plan.topology is None and plan.devices is not None and needed not in plan.devices:
+        yield (("plan", "devices"), ("quantum",), ("arms",)), f"circuits need the device '{needed}' in this list"

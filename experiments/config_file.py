@@ -38,11 +38,13 @@ class Source:
     Attributes:
         name: the file as the user named it, or `config` for a dict.
         document: places of the file's keys and values.
+        base: folder beside which the file names in it are looked for.
         origins: path -> place of what replaced the file's value: an override or an entry of a sweep.
     """
 
     name: str
     document: Document
+    base: Path
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
@@ -53,12 +55,17 @@ class Source:
         """The error that says `text` about the setting at `path`."""
         return ConfigError(f"{self.place(path)}: {dotted(path)}: {text}", **fields)
 
+    def folder(self, path: KeyPath) -> Path:
+        """Beside which a file named at `path` is looked for: the working directory where an override named it."""
+        return Path.cwd() if self.place(path).startswith("override '") else self.base
+
     def _find(self, path: KeyPath, *, key: bool = False) -> tuple[Mark, str]:
-        for length in range(len(path), -1, -1):
-            part = path[:length]
+        parts = [path[:length] for length in range(len(path), -1, -1)]
+        for part in parts:
             if part in self.origins:
                 return (1 << 30, list(self.origins).index(part)), self.origins[part]
-            marks = self.document.keys if key or length < len(path) else self.document.values
+        for part in parts:
+            marks = self.document.keys if key or len(part) < len(path) else self.document.values
             mark = marks.get(part) or self.document.keys.get(part) or self.document.values.get(part)
             if mark:
                 return mark, f"{self.name}:{mark[0]}:{mark[1]}"
@@ -88,15 +95,15 @@ def load(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     """
     if isinstance(config, Mapping):
         document = Document(copy.deepcopy(dict(config)), {}, {})
-        return _parse(Source("config", document), overrides, Path.cwd())
+        return _parse(Source("config", document, Path.cwd()), overrides)
     path = Path(config)
     document = yaml_loader.load_text(_read(path), str(config))
-    return _parse(Source(str(config), document), overrides, path.parent)
+    return _parse(Source(str(config), document, path.parent), overrides)
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
     """The configuration in a YAML text; `name` is what messages call it."""
-    return _parse(Source(name, yaml_loader.load_text(text, name)), overrides, Path.cwd())
+    return _parse(Source(name, yaml_loader.load_text(text, name), Path.cwd()), overrides)
 
 
 def expand(loaded: Loaded) -> list[tuple[dict[str, Any], Loaded]]:
@@ -146,7 +153,7 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}:{line}: not UTF-8 (byte {error.start})") from None
 
 
-def _parse(source: Source, overrides: Sequence[str], base: Path) -> Loaded:
+def _parse(source: Source, overrides: Sequence[str]) -> Loaded:
     data = source.document.data
     origins = dict(source.origins)
     problems: list[tuple[Mark, str]] = [
@@ -159,7 +166,7 @@ def _parse(source: Source, overrides: Sequence[str], base: Path) -> Loaded:
             problems.append(((1 << 30, -1), error.message))
     loaded = _validate(replace(source, origins=origins), data, problems)
     expand(loaded)
-    return replace(loaded, config=_absolute_paths(loaded, base))
+    return loaded
 
 
 def _override(data: dict[str, Any], override: str) -> KeyPath:
@@ -167,10 +174,18 @@ def _override(data: dict[str, Any], override: str) -> KeyPath:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override '{override}': expected KEY=VALUE, for example train.steps=100")
-    parts = tuple(key.strip().split("."))
-    if parts[0] == "sweep" and len(parts) > 1:  # a sweep's keys are dotted themselves
-        parts = ("sweep", ".".join(parts[1:]))
+    parts = _path(key.strip())
     _set(data, parts, yaml_loader.load_value(text, f"override '{override}'"), f"override '{override}'")
+    return parts
+
+
+def _path(key: str) -> tuple[str, ...]:
+    """A dotted key as a path; the keys inside `sweep` and `plan.pins` are dotted themselves."""
+    parts = tuple(key.split("."))
+    for section in (("sweep",), ("plan", "pins")):
+        n = len(section)
+        if parts[:n] == section and len(parts) > n:
+            return (*section, ".".join(parts[n:]))
     return parts
 
 
@@ -190,7 +205,7 @@ def _combination(loaded: Loaded, choice: tuple[int, ...]) -> tuple[dict[str, Any
     origins = dict(loaded.source.origins)
     settings = {}
     for (key, values), i in zip(loaded.config.sweep.items(), choice, strict=True):
-        parts = tuple(key.split("."))
+        parts = _path(key)
         place = loaded.source.place(("sweep", key, i))
         if parts[0] in ("sweep", "name"):
             raise ConfigError(f"{place}: sweep.{key}: can't be varied")
@@ -216,7 +231,7 @@ def _validate(source: Source, data: dict[str, Any], problems: list[tuple[Mark, s
             problems.append((mark, f"{place}: {dotted(paths[0])}: {text}"))
     if problems or config is None:
         raise ConfigError("\n".join(dict.fromkeys(text for _, text in sorted(problems, key=lambda item: item[0]))))
-    return Loaded(config, source, data)
+    return Loaded(_absolute_paths(config, source), source, data)
 
 
 def _try(data: dict[str, Any]) -> tuple[Config | None, list[tuple[KeyPath, str]]]:
@@ -331,15 +346,13 @@ def _all_keys(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple
             yield from _all_keys(inner, (*path, name))
 
 
-def _absolute_paths(loaded: Loaded, base: Path) -> Config:
+def _absolute_paths(config: Config, source: Source) -> Config:
     """File names made absolute: those in a file are looked for beside it first, overrides in the working directory."""
-    config = loaded.config
     updates: dict[str, Any] = {}
     for section, key in (("data", "path"), ("plan", "topology")):
         name = getattr(getattr(config, section), key)
         if name is not None:
-            overridden = (section, key) in loaded.source.origins
-            path = _find_file(Path(name).expanduser(), Path.cwd() if overridden else base)
+            path = _find_file(Path(name).expanduser(), source.folder((section, key)))
             updates[section] = getattr(config, section).model_copy(update={key: str(path)})
     return config.model_copy(update=updates)
 

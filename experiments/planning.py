@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, cast
 import hetero
 import lm
 import quantum
-from experiments import arms
+from experiments import arms, record
+from experiments.config import layer_names
+from experiments.errors import RunFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +80,37 @@ def plan_arm(setting: Setting, arm: str) -> hetero.Plan:
         return find(costs, setting.topology, contiguous=False, **settings)
 
 
+def read_plan(setting: Setting, file: Path) -> hetero.Plan:
+    """A plan that was made before, for the model, micro-batches, objective, pins and devices of this configuration.
+
+    Raises:
+        RunFolderError: missing, damaged, or made for something else; names what differs.
+    """
+    config = setting.config
+    try:
+        plan = hetero.Plan.from_json(record.read_json(file))
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{file} is no plan: {error}") from None
+    placed = {layer: stage.device for stage in plan.stages for layer in stage.layers}
+    here = {device.name for device in setting.topology.devices}
+    pairs = {
+        "layers": (list(placed), layer_names(config.model)),
+        "n_microbatches": (plan.n_microbatches, config.plan.n_microbatches),
+        "objective": (plan.objective, config.plan.objective),
+        "pins": ({layer: placed.get(layer) for layer in config.plan.pins}, config.plan.pins),
+        "devices": (sorted(set(placed.values())), sorted(set(placed.values()) & here)),
+    }
+    differ = [key for key, (found, expected) in pairs.items() if found != expected]
+    if differ:
+        raise RunFolderError(
+            f"{file} was made for another configuration: {', '.join(differ)}",
+            found="; ".join(f"{key} {pairs[key][0]}" for key in differ),
+            expected="; ".join(f"{key} {pairs[key][1]}" for key in differ),
+            remedy="let a new run make its own plans, or set what differs as it was",
+        )
+    return plan
+
+
 def example_batch(setting: Setting, step: int = 0) -> lm.Batch:
     """A batch of the size that training uses, of a seed that no training uses."""
     config = setting.config
@@ -129,7 +162,7 @@ def _at_device(loaded: Loaded, error: hetero.HeteroError) -> ConfigError:
     for i, name in enumerate(plan.devices or ()):
         if repr(name) in error.message:
             path = ("plan", "devices", i)
-    return _placed_error(loaded, path, error)
+    return placed_error(loaded, path, error)
 
 
 def _corpus(loaded: Loaded) -> lm.Corpus:
@@ -138,7 +171,7 @@ def _corpus(loaded: Loaded) -> lm.Corpus:
     try:
         corpus = lm.load_corpus(name=data.name, path=data.path, tokenizer=data.tokenizer, split=data.split)
     except lm.DataError as error:
-        raise _placed_error(loaded, ("data", key), error) from error
+        raise placed_error(loaded, ("data", key), error) from error
     for split in ("train", "val", "test"):
         needed = model.seq_len + 1 if split == "train" else 2
         found = len(corpus.tokens(split))
@@ -157,15 +190,19 @@ def _check_circuit(loaded: Loaded) -> None:
     config = loaded.config
     if config.quantum is None or not {"hybrid", "frozen"} & set(config.arms):
         return
+    n_shifted = (
+        0 if config.quantum.shots is None else config.quantum.n_qubits * (1 + 3 * config.quantum.n_circuit_layers)
+    )
     try:
-        quantum.check_memory(config.quantum.n_qubits)
+        quantum.check_memory(config.quantum.n_qubits, n_shifted=n_shifted)
     except quantum.QuantumError as error:
-        raise _placed_error(loaded, ("quantum", "n_qubits"), error) from error
+        raise placed_error(loaded, ("quantum", "n_qubits"), error) from error
 
 
-def _placed_error(
+def placed_error(
     loaded: Loaded, path: tuple[str | int, ...], error: hetero.HeteroError | lm.LMError | quantum.QuantumError
 ) -> ConfigError:
+    """The same error with the place of the setting that it concerns."""
     return loaded.source.error(path, error.message, found=error.found, expected=error.expected, remedy=error.remedy)
 
 

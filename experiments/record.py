@@ -15,18 +15,20 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import RunFailedError, RunFolderBusyError, RunFolderError
+from experiments.errors import ConfigError, RunFailedError, RunFolderBusyError, RunFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _LOCK = ".lock"
-_BEFORE_CONFIG = (_LOCK, "tuning.json", "environment.json")  # a run begins with its config.yaml, written after these
+_BEFORE_CONFIG = (_LOCK, "environment.json")  # a run begins with its config.yaml, written after these
+_BEFORE_TRAINING = (*_BEFORE_CONFIG, "config.yaml", "sweep.json", "tuning.json", "arms")
 _VERSIONS = (
     "heteroq",
     "torch",
@@ -67,7 +69,7 @@ def refuse_used(folder: Path) -> None:
     Raises:
         RunFolderError: says whether the run there is finished, and how to go on.
     """
-    if (folder / "summary.json").exists():
+    if any((folder / name).exists() for name in ("summary.json", "table.json")):
         raise RunFolderError(
             f"{folder} already holds a finished run",
             remedy=f"look at it with: heteroq report {folder}; or choose another folder with --out DIR",
@@ -81,6 +83,26 @@ def refuse_used(folder: Path) -> None:
     if others:
         shown = ", ".join(sorted(others)[:3])
         raise RunFolderError(f"{folder} is not empty", found=shown, remedy="choose another folder with --out DIR")
+
+
+@contextlib.contextmanager
+def undone_if_refused(folder: Path) -> Iterator[None]:
+    """Empty the folder when the user's mistake comes to light inside, so that the corrected command can use it.
+
+    Nothing is removed once a training has begun, nor what no run writes.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if error.exit_code == ConfigError.exit_code and not any(folder.glob("**/seed-*")):
+            for path in (folder / name for name in _BEFORE_TRAINING):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not ours alone
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -73,21 +73,36 @@ def run(
 
 def start(loaded: Loaded, *, out: Path | None = None, plans: Path | None = None) -> RunResult:
     """Run one configuration without a sweep in a folder of its own."""
-    from experiments import planning
-
-    setting = planning.prepare(loaded)
-    planning.require_real(setting)
+    setting, given = prepare(loaded, plans)
     name = loaded.config.name
     folder = record.new_folder(name, DEFAULT_ROOT) if out is None else record.make_folder(out)
     with record.locked(folder):
         record.refuse_used(folder)
-        if plans is not None:
-            _copy_plans(plans, folder, setting)
-        record.write_json(folder / "tuning.json", _tuning(setting, plans))
-        environment = record.environment(record.command_line(), setting.topology.to_json())
-        record.write_json(folder / "environment.json", environment)
-        record.write_text(folder / "config.yaml", config_file.resolved_yaml(loaded.config))
-        return _execute(setting, folder)
+        with record.undone_if_refused(folder):
+            environment = record.environment(record.command_line(), setting.topology.to_json())
+            record.write_json(folder / "environment.json", environment)
+            for arm, plan in given.items():
+                record.write_json(record.make_folder(folder / "arms" / arm) / "plan.json", plan.to_json())
+            record.write_text(folder / "config.yaml", config_file.resolved_yaml(loaded.config))
+            return _execute(setting, folder)
+
+
+def prepare(loaded: Loaded, plans: Path | None = None) -> tuple[Setting, dict[str, hetero.Plan]]:
+    """Devices, text and the plans of an earlier run: all that can be wrong is found before a folder is made.
+
+    Returns:
+        The setting, and arm -> plan; empty without `plans`.
+
+    Raises:
+        ConfigError: the devices or the text can't be used.
+        RunFolderError: a plan is missing, or was made for another configuration.
+    """
+    from experiments import planning
+
+    setting = planning.prepare(loaded)
+    planning.require_real(setting)
+    arms = loaded.config.arms if plans is not None else ()
+    return setting, {arm: planning.read_plan(setting, Path(plans or "", "arms", arm, "plan.json")) for arm in arms}
 
 
 def resume(folder: str | Path) -> RunResult:
@@ -106,15 +121,14 @@ def resume(folder: str | Path) -> RunResult:
         found = "no such folder" if not folder.is_dir() else "no config.yaml in it"
         raise RunFolderError(f"{folder} holds no run", found=found, remedy="start one with: heteroq run CONFIG")
     with record.locked(folder):
-        from experiments import planning, report
+        from experiments import report
 
         if (folder / "summary.json").exists():
             if not (folder / "report.html").exists():
                 report.write(folder)
             return RunResult(folder, record.finished_summary(folder))
 
-        setting = planning.prepare(config_file.load(folder / "config.yaml"))
-        planning.require_real(setting)
+        setting, _ = prepare(config_file.load(folder / "config.yaml"))
         return _execute(setting, folder)
 
 
@@ -124,8 +138,9 @@ def _path(name: str | Path | None) -> Path | None:
 
 def _execute(setting: Setting, folder: Path) -> RunResult:
     """Everything after the folder is ours: plan, measure, train, compare, report."""
+    import hetero
     import lm
-    from experiments import report, summary
+    from experiments import planning, report, summary
     from experiments.training import Surroundings
 
     floors = {split: lm.ngram_floor(setting.corpus, split) for split in ("val", "test")}
@@ -133,14 +148,18 @@ def _execute(setting: Setting, folder: Path) -> RunResult:
     interrupts = Interrupts(remedy=f"go on with: heteroq run --resume {folder}")
     around = Surroundings(setting, folder, floors, progress, interrupts)
     progress.say(f"run folder: {folder}")
+    tuning = _tuning(setting)
+    record.write_json(folder / "tuning.json", tuning)
     try:
         with interrupts.handled(), _threads(setting):
             arms: tuple[str, ...] = setting.config.arms
-            plans = {arm: _plan(around, arm) for arm in arms}
-            times = {arm: _step_times(around, arm, plans[arm]) for arm in arms}
+            try:
+                plans = {arm: _plan(around, arm) for arm in arms}
+                times = {arm: _step_times(around, arm, plans[arm]) for arm in arms}
+            except hetero.PlacementError as error:
+                raise planning.placed_error(setting.loaded, ("plan",), error) from error
             results = {arm: _train(around, arm, plans[arm]) for arm in arms}
             split = setting.config.comparison.metric.removesuffix("_loss")
-            tuning = record.read_json(folder / "tuning.json")
             content = summary.summarise(setting, results, plans, times, floors=floors[split], tuning=tuning)
             record.write_json(folder / "summary.json", content)
             report.write(folder)
@@ -169,7 +188,6 @@ def _threads(setting: Setting) -> Iterator[None]:
 
 def _plan(around: Surroundings, arm: str) -> hetero.Plan:
     """The arm's plan: made once, on disk before anything is trained, and used again by every resume."""
-    import hetero
     from experiments import planning
     from hetero import trace
     from hetero.schedule import simulate
@@ -177,7 +195,7 @@ def _plan(around: Surroundings, arm: str) -> hetero.Plan:
     folder = record.make_folder(around.folder / "arms" / arm)
     file = folder / "plan.json"
     if file.exists():
-        plan = hetero.Plan.from_json(record.read_json(file))
+        plan = planning.read_plan(around.setting, file)
     else:
         around.progress.say(f"{arm}: profiling and planning")
         plan = planning.plan_arm(around.setting, arm)
@@ -219,44 +237,22 @@ def _train(around: Surroundings, arm: str, plan: hetero.Plan) -> dict[int, dict[
         try:
             results[seed] = training.train_seed(around, arm, seed, plan)
         except (hetero.HeteroError, quantum.QuantumError, lm.LMError) as error:
+            way_on = f"go on with: heteroq run --resume {around.folder}"
+            if isinstance(error, lm.NonFiniteError):  # resumed, it takes the same steps to the same end
+                way_on = "start a new run with --out DIR"
             raise RunFailedError(
                 f"{arm}, seed {seed}: {error.message}",
                 found=error.found,
                 expected=error.expected,
-                remedy=f"{error.remedy + '; then ' if error.remedy else ''}heteroq run --resume {around.folder}",
+                remedy="; ".join(filter(None, [error.remedy, way_on])),
             ) from error
     return results
 
 
-def _copy_plans(source: Path, folder: Path, setting: Setting) -> None:
-    """Take the plans of an earlier run over.
-
-    Raises:
-        RunFolderError: one is missing, or is for other devices.
-    """
-    import hetero
-
-    for arm in setting.config.arms:
-        file = source / "arms" / arm / "plan.json"
-        if not file.exists():
-            raise RunFolderError(f"no plan for arm '{arm}' in {source}", expected=str(file))
-        plan = hetero.Plan.from_json(record.read_json(file))
-        for stage in plan.stages:
-            setting.topology.device(stage.device)
-        target = record.make_folder(folder / "arms" / arm)
-        record.write_json(target / "plan.json", plan.to_json())
-
-
-def _tuning(setting: Setting, plans: Path | None) -> dict[str, Any]:
-    """Where the learning rates come from: said in the configuration's file, or simply given."""
-    if plans is not None and (plans / "tuning.json").exists():
-        tuning: dict[str, Any] = record.read_json(plans / "tuning.json")
-        return tuning
+def _tuning(setting: Setting) -> dict[str, Any]:
+    """Where the learning rates come from, in the words of the configuration."""
     train = setting.config.train
     return {
         "learning_rates": {arm: train.rate(arm) for arm in setting.config.arms},
-        "budget": train.tuning or "not stated",
-        "note": "rates are given in the configuration; none was chosen by looking at the test split of this run"
-        if train.tuning
-        else "rates are given in the configuration, which doesn't say how they were found (train.tuning)",
+        "note": train.tuning or "the configuration doesn't say how they were found (train.tuning)",
     }

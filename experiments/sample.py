@@ -8,7 +8,7 @@ import torch
 
 import hetero
 import lm
-from experiments import arms, config_file, planning, record, training
+from experiments import arms, config_file, planning, training
 from experiments.errors import RunFolderError
 from lm import checkpoint
 
@@ -53,9 +53,9 @@ def sample(
     seed = _choice("seed", seed, config.seeds)
     model = arms.build(config, arm, seed, setting.corpus.tokenizer.vocab_size)
     checkpoints = training.seed_folder(folder, arm, seed) / "checkpoints"
-    if checkpoint.load(checkpoints, model, config=training.checkpoint_config(config, arm, seed)) is None:
+    if checkpoint.load(checkpoints, model, config=training.checkpoint_config(setting, arm, seed)) is None:
         raise RunFolderError(f"no checkpoint in {checkpoints}", remedy=f"heteroq run --resume {folder}")
-    plan = hetero.Plan.from_json(record.read_json(folder / "arms" / arm / "plan.json"))
+    plan = planning.read_plan(setting, folder / "arms" / arm / "plan.json")
     tokenizer = setting.corpus.tokenizer
     tokens = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
     with hetero.place(model, plan, topology=setting.topology, loss=lm.loss) as placed:

@@ -1,22 +1,22 @@
 """A grid of runs, one after another: every combination is validated, counted and named before the first one starts.
 
-OUT/  sweep.json  config.yaml  table.txt  table.json
+OUT/  sweep.json (each run's whole configuration)  config.yaml  table.txt  table.json
 OUT/run-000/  run-001/  ...   each a run folder like any other
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import config_file, record
 from experiments.errors import RunInterruptedError
 from experiments.progress import Progress
-from experiments.run import DEFAULT_ROOT, RunResult, start
+from experiments.run import DEFAULT_ROOT, RunResult, prepare, start
 from experiments.run import resume as resume_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from experiments.config_file import Loaded
 
@@ -25,20 +25,30 @@ INDEX = "sweep.json"
 
 def run(loaded: Loaded, *, out: Path | None = None, plans: Path | None = None) -> RunResult:
     """Run every combination of the sweep's values."""
+    runs = config_file.expand(loaded)
+    for _, one in runs:
+        prepare(one, plans)
     folder = record.new_folder(loaded.config.name, DEFAULT_ROOT) if out is None else record.make_folder(out)
     with record.locked(folder):
         record.refuse_used(folder)
-        runs = config_file.expand(loaded)
-        index = [{"run": f"run-{i:03d}", "settings": settings} for i, (settings, _) in enumerate(runs)]
-        record.write_text(folder / "config.yaml", config_file.resolved_yaml(loaded.config))
-        record.write_json(folder / INDEX, {"name": loaded.config.name, "created": record.now(), "runs": index})
-        return _execute(loaded, folder, plans)
+        with record.undone_if_refused(folder):
+            index = [
+                {"run": f"run-{i:03d}", "settings": settings, "config": one.config.model_dump(mode="json")}
+                for i, (settings, one) in enumerate(runs)
+            ]
+            given = {"name": loaded.config.name, "plans": None if plans is None else str(plans.absolute())}
+            record.write_json(folder / INDEX, given | {"created": record.now(), "runs": index})
+            record.write_text(folder / "config.yaml", config_file.resolved_yaml(loaded.config))
+            return _execute(loaded.config.name, runs, folder, plans)
 
 
 def resume(folder: Path) -> RunResult:
     """Go on with a sweep: finished runs are kept, the unfinished one is resumed, the others are started."""
     with record.locked(folder):
-        return _execute(config_file.load(folder / "config.yaml"), folder, None)
+        content = record.read_json(folder / INDEX)
+        runs = [(entry["settings"], config_file.load(entry["config"])) for entry in content["runs"]]
+        plans = None if content["plans"] is None else Path(content["plans"])
+        return _execute(content["name"], runs, folder, plans)
 
 
 def combined_table(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
@@ -61,8 +71,7 @@ def combined_table(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
 
 
-def _execute(loaded: Loaded, folder: Path, plans: Path | None) -> RunResult:
-    runs = config_file.expand(loaded)
+def _execute(name: str, runs: Sequence[tuple[dict[str, Any], Loaded]], folder: Path, plans: Path | None) -> RunResult:
     progress = Progress()
     progress.say(f"sweep of {len(runs)} runs in {folder}")
     finished = []
@@ -82,7 +91,7 @@ def _execute(loaded: Loaded, folder: Path, plans: Path | None) -> RunResult:
     text = combined_table(finished)
     record.write_text(folder / "table.txt", text)
     content = {
-        "name": loaded.config.name,
+        "name": name,
         "status": "complete",
         "runs": [
             {"run": f"run-{i:03d}", "settings": settings, "verdict": summary["verdict"], "arms": _losses(summary)}

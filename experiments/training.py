@@ -16,7 +16,7 @@ import hetero
 import lm
 from experiments import arms, record, usage
 from experiments.cost import Meter
-from experiments.errors import RunInterruptedError
+from experiments.errors import RunFolderError, RunInterruptedError
 from hetero import trace
 from hetero.schedule import simulate
 from lm import checkpoint
@@ -60,12 +60,14 @@ def train_seed(around: Surroundings, arm: str, seed: int, plan: hetero.Plan) -> 
 
     Raises:
         RunInterruptedError: a signal came; a checkpoint of the last step is written.
+        RunFolderError: the finished training is of other settings or another text.
         HeteroError, QuantumError, LMError: the training failed; `status.json` says how.
     """
     folder = seed_folder(around.folder, arm, seed)
     record.make_folder(folder)
     status_file = folder / "status.json"
     if status_file.exists() and (status := record.read_json(status_file))["status"] == "complete":
+        _refuse_others(status_file, status.get("config", {}), checkpoint_config(around.setting, arm, seed))
         result: dict[str, Any] = status["result"]
         return result
     training = _Training(around, arm, seed, plan)
@@ -84,15 +86,29 @@ def seed_folder(run_folder: Path, arm: str, seed: int) -> Path:
     return run_folder / "arms" / arm / f"seed-{seed}"
 
 
-def checkpoint_config(config: Config, arm: str, seed: int) -> dict[str, Any]:
-    """What a checkpoint was made of: all that its weights depend on, by dotted key."""
+def checkpoint_config(setting: Setting, arm: str, seed: int) -> dict[str, Any]:
+    """What a training is made of: all that its weights depend on, the text included, by dotted key."""
+    config = setting.config
     kept = {name: getattr(config, name).model_dump(mode="json") for name in ("data", "model", "train")}
     kept["quantum"] = config.quantum.model_dump(mode="json") if config.quantum else {}
     flat = {f"{section}.{key}": value for section, values in kept.items() for key, value in values.items()}
     flat["train.learning_rate"] = config.train.rate(arm)
     for name in ("eval_every", "checkpoint_every"):
         del flat[f"train.{name}"]
-    return flat | {"arm": arm, "seed": seed, "plan.n_microbatches": config.plan.n_microbatches}
+    flat |= {"data.sha256": setting.corpus.sha256, "plan.n_microbatches": config.plan.n_microbatches}
+    return flat | {"arm": arm, "seed": seed}
+
+
+def _refuse_others(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise unless a finished training was made of what the configuration says now."""
+    keys = [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+    if keys:
+        raise RunFolderError(
+            f"{file} belongs to another configuration: {', '.join(keys)}",
+            found="; ".join(f"{key}={found.get(key)!r}" for key in keys),
+            expected="; ".join(f"{key}={expected.get(key)!r}" for key in keys),
+            remedy="put configuration and text back as they were, or start a new run with --out DIR",
+        )
 
 
 def train_config(config: Config, arm: str) -> lm.TrainConfig:
@@ -147,11 +163,6 @@ class _Training:
             start=self.state,
         )
         self.around.interrupts.check()
-        trace.write(
-            self.folder / "trace.json",
-            predicted=simulate(self.plan, self.around.setting.topology).events,
-            measured=self.placed.last_events,
-        )
         test_loss = self.evaluate("test")
         self.around.progress.training(f"{self.arm} seed {self.seed}", self.around.floors["test"])
         self._evaluated("test", test_loss, step=self.settings.steps)
@@ -166,19 +177,30 @@ class _Training:
         record.write_json(self.folder / "status.json", self._status(word, message=message, result=result))
 
     def evaluate(self, split: str) -> float:
-        """Loss on a whole split [nat/token], by the placed model."""
+        """Loss on a whole split [nat/token], by the placed model.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
         nats, count = 0.0, 0
         for batch in self.corpus.windows(split, self.config.model.seq_len, self.config.train.batch_size):
             part, number = self.placed.evaluate(batch)
             nats, count = nats + part, count + number
-        return nats / count
+        loss = nats / count
+        if not math.isfinite(loss):
+            raise self._non_finite(f"the {split} loss is {loss}")
+        return loss
+
+    def _non_finite(self, what: str) -> lm.NonFiniteError:
+        step, remedy = self.state.step, "start again with a lower learning_rate or more warmup_steps"
+        return lm.NonFiniteError(f"{what} after step {step}", step=step, remedy=remedy)
 
     def _resume(self) -> None:
         """Take up the newest good checkpoint, and cut the records back to its step."""
         folder = self.folder / "checkpoints"
         found = None
         if any(folder.glob("step-*.json")):
-            config = checkpoint_config(self.config, self.arm, self.seed)
+            config = checkpoint_config(self.around.setting, self.arm, self.seed)
             found = checkpoint.load(folder, self.model, self.state.optimizer, config=config)
         if found is not None:
             self.step = self.state.step = found.step
@@ -199,6 +221,9 @@ class _Training:
         if event.val_loss is not None:
             self._evaluated("val", event.val_loss, step=event.step)
         is_last = event.step == self.settings.steps
+        if is_last:  # before the checkpoint: whoever resumes there has no step to measure
+            predicted = simulate(self.plan, self.around.setting.topology).events
+            trace.write(self.folder / "trace.json", predicted=predicted, measured=self.placed.last_events)
         due = event.step % self.config.train.checkpoint_every == 0 or is_last
         if due or self.around.interrupts.received is not None:
             self._save()
@@ -209,8 +234,10 @@ class _Training:
         self.around.progress.evaluated(step, self.settings.steps, split, loss)
 
     def _save(self) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self._non_finite("weights are not finite")
         folder, extra = self.folder / "checkpoints", {"usage": self._usage().to_json()}
-        config = checkpoint_config(self.config, self.arm, self.seed)
+        config = checkpoint_config(self.around.setting, self.arm, self.seed)
         checkpoint.save(folder, self.model, self.state.optimizer, self.state.step, extra, config=config)
 
     def _usage(self) -> usage.Usage:
@@ -220,7 +247,9 @@ class _Training:
     def _status(self, word: str, *, message: str = "", result: dict[str, Any] | None = None) -> dict[str, Any]:
         status: dict[str, Any] = {"status": word, "step": self.step, "steps": self.settings.steps}
         status |= {"updated": record.now(), "message": message}
-        return status if result is None else status | {"result": result}
+        if result is None:
+            return status
+        return status | {"config": checkpoint_config(self.around.setting, self.arm, self.seed), "result": result}
 
     def _result(self, test_loss: float) -> dict[str, Any]:
         lines = record.read_lines(self.folder / "metrics.jsonl")

@@ -82,7 +82,6 @@ def write_run(
             "Against the bigram floor of 2.463 nat/token: baseline 1.978 (-0.485), hybrid 1.989 (-0.474)."
         ),
         "tuning": {
-            "budget": 4,
             "learning_rates": dict.fromkeys(arms, 0.003),
             "note": "learning rates of all arms were chosen from 4 values by the validation loss of seed 100.",
         },

@@ -79,7 +79,8 @@ def differences(run: Run, styles: Mapping[str, Style], margin: float | None) -> 
     parts.append(charts.line(x(0), top, x(0), bottom, "zero"))
     for i, comparison in enumerate(found):
         parts.append(_difference_row(comparison, x, top + _ROW * (i + 0.5), styles, left))
-    return charts.svg(width, bottom + 42, *parts, label="paired differences between arms with 95 % intervals")
+    label = f"paired differences between arms with {run.confidence} intervals"
+    return charts.svg(width, bottom + 42, *parts, label=label)
 
 
 def _difference_row(
@@ -173,8 +174,8 @@ def small_multiples(run: Run, styles: Mapping[str, Style], split: str) -> list[M
             charts.text(18, 15, arm.name, class_="t b"),
             charts.y_axis(y, left, width - 14, title="", about=4),
             charts.x_axis(x, height - 40, 40, title="step", about=4),
-            *(floor_line(name, value, y, left, width - 14) for name, value in floors(run).items()),
             _curves(curves, mean_curve(curves), style, x, y),
+            *(floor_line(name, value, y, left, width - 14) for name, value in floors(run).items()),
         ]
         if reference and arm.name != "baseline":
             dotted = charts.path([*map(x, reference.steps)], [*map(y, reference.losses)], "reference")
@@ -205,7 +206,7 @@ def _loss_scales(
 def floor_line(name: str, value: float, y: Scale, left: float, right: float) -> Markup:
     """A labelled horizontal line."""
     tip = el("title", f"{name} model: {units.fixed(value, 4)}")
-    label = charts.text(right - 4, y(value) - 4, f"{name} {units.fixed(value, 2)}", anchor="end", class_="t s m")
+    label = charts.text(right - 4, y(value) - 4, f"{name} {units.fixed(value, 2)}", anchor="end", class_="t s m halo")
     return el("g", tip, charts.line(left, y(value), right, y(value), "floor"), label)
 
 

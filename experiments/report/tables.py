@@ -69,7 +69,8 @@ def accuracy(run: Run, styles: Mapping[str, Style]) -> Markup:
             ]
         )
     split = run.metric.split("_")[0]
-    caption = f"Accuracy on the {split} split: means over seeds, 95 % intervals (Student's t) beneath. Lower is better."
+    caption = f"Accuracy on the {split} split: means over seeds, 95 % intervals (Student's t) beneath"
+    caption += f", {run.confidence} for differences. Lower is better." if any(against) else ". Lower is better."
     heads: list[object] = ["arm", join(["loss ", el("small", run.unit)]), "perplexity", "bits per byte"]
     if any(against):
         names = ["permutation", "Holm", "equivalence"][: 2 + has_tost]

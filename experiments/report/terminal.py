@@ -33,7 +33,8 @@ def _heading(run: Run) -> str:
     seeds = f"{run.n_seeds} seed{'' if run.n_seeds == 1 else 's'}"
     status = str(run.summary.get("status", "complete"))
     note = "" if status == "complete" else f" ({status})"
-    measure = f"{run.metric.replace('_', ' ')} in {run.unit}, lower is better; ± is the 95 % interval"
+    measure = f"{run.metric.replace('_', ' ')} in {run.unit}, lower is better"
+    measure += f"; ± is the interval, 95 % for means, {run.confidence} for differences"
     return _wrap(f"{run.name}{note}: {len(run.arms)} arm{'' if len(run.arms) == 1 else 's'}, {seeds}; {measure}")
 
 

@@ -108,7 +108,7 @@ def methods(run: Run) -> list[str]:
         "dropout masks; arms are compared seed by seed.",
         f"Intervals are of Student's t distribution over seeds: 95 % for means, {run.confidence} for differences. "
         "p values come from the exact sign-flip permutation test of the paired differences; Holm's method corrects "
-        "them for the number of comparisons.",
+        "them for the number of all tests, those of equivalence among them.",
         f"Equivalence is tested by two one-sided tests with a margin of {margin(run):g} {run.unit}, set before the run."
         if margin(run)
         else "No margin of equivalence was set before the run, so equivalence is not tested.",
@@ -118,9 +118,8 @@ def methods(run: Run) -> list[str]:
         "Plans were made, and written down with their predictions, before the first step, from a profile of other "
         "steps.",
     ]
-    stated = [str(tuning[key]) for key in ("budget", "note") if tuning.get(key)]
-    if stated:
-        sentences.append(f"Learning rates: {'; '.join(stated)}.".replace("..", "."))
+    if tuning.get("note"):
+        sentences.append(f"Learning rates: {tuning['note']}.".replace("..", "."))
     return sentences
 
 

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import experiments
-from experiments import cli, config_file, record
+from experiments import cli, config_file, record, sweep
+from experiments.errors import ConfigError, RunFailedError, RunFolderError
 
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}, says the table. " for i in range(400))
 
@@ -117,11 +121,12 @@ def test_the_hybrids_plan_has_an_aer_stage_and_was_predicted_before(finished):
     assert (finished.out / "arms" / "hybrid" / "plan.json").stat().st_mtime_ns <= first.stat().st_mtime_ns
 
 
-def test_every_alternative_is_measured_or_says_why_not(finished):
-    for arm in finished.summary["arms"].values():
-        assert arm["alternatives"]
-        for other in arm["alternatives"]:
-            assert (other["measured_s"] is not None) or other["reason"], other
+def test_every_possible_single_device_is_measured_and_the_others_say_why_not(finished):
+    for name, arm in finished.summary["arms"].items():
+        alone = [other for other in arm["alternatives"] if other["name"].endswith(" alone")]
+        assert any(other["predicted_s"] for other in alone), name
+        for other in alone:
+            assert other["reason"] if other["predicted_s"] is None else other["measured_s"] > 0, other
 
 
 def test_the_twin_has_at_least_the_circuits_parameters_and_at_most_a_qubits_more(finished):
@@ -142,6 +147,76 @@ def test_a_second_run_has_the_same_metrics_bit_for_bit(finished, tmp_path):
     assert read(tmp_path / "again/arms/hybrid/plan.json") == read(finished.out / "arms/hybrid/plan.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "found", "expected"),
+    [
+        ({"plan": {"n_microbatches": 4}}, "n_microbatches", "2", "4"),
+        ({"plan": {"objective": "latency"}}, "objective", "train_step", "latency"),
+        ({"plan": {"pins": {"head": "aer"}}}, "pins", "{'head': 'cpu'}", "{'head': 'aer'}"),
+        ({"model": {"n_layer": 2}}, "layers", "'block0.mlp', 'head']", "'block1.mlp', 'head']"),
+        ({"quantum": {"simulator": "torch"}, "plan": {"devices": ["cpu"]}}, "devices", "'aer'", "['cpu']"),
+    ],
+)
+def test_plans_of_another_configuration_are_refused_before_there_is_a_folder(
+    finished, tmp_path, changes, key, found, expected
+):
+    config = settings(tmp_path, arms=["hybrid"])
+    for section, values in changes.items():
+        config[section] = config[section] | values
+    with pytest.raises(RunFolderError, match=f"plan.json was made for another configuration: {key}") as caught:
+        experiments.run(config, out=tmp_path / "out", plans=finished.out)
+    assert found in caught.value.found
+    assert expected in caught.value.expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_plan_is_named_before_there_is_a_folder(tmp_path, cache):
+    with pytest.raises(RunFolderError, match=r"can't read .*nothing/arms/baseline/plan\.json"):
+        experiments.run(settings(tmp_path), out=tmp_path / "out", plans=tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def quick(folder, train=(), **changes):
+    """One step of the baseline, without measured alternatives."""
+    config = settings(folder, seeds=[0], arms=["baseline"], **changes)
+    config["train"] |= {"steps": 1, "eval_every": 1, **dict(train)}
+    config["plan"] |= {"alternative_steps": 0}
+    return config
+
+
+def test_plans_come_without_the_learning_rates_of_their_run(finished, tmp_path):
+    config = quick(tmp_path, {"learning_rate": 3e-2, "tuning": "by hand, on the test split"})
+    run = experiments.run(config, out=tmp_path / "out", plans=finished.out)
+    tuning = {"learning_rates": {"baseline": 3e-2}, "note": "by hand, on the test split"}
+    assert read(run.out / "tuning.json") == run.summary["tuning"] == tuning
+
+
+@pytest.mark.parametrize("changes", [{}, {"eval_every": 100, "steps": 100, "checkpoint_every": 1}], ids=str)
+def test_a_loss_that_is_not_finite_is_named_and_its_weights_are_not_kept(tmp_path, cache, changes):
+    config = quick(tmp_path, {"learning_rate": 1e12, "warmup_steps": 0, **changes})
+    with pytest.raises(RunFailedError, match=r"baseline, seed 0: ") as caught:
+        experiments.run(config, out=tmp_path / "out")
+    assert "heteroq run --resume" not in caught.value.remedy
+    assert "start a new run with --out DIR" in caught.value.remedy
+    folder = tmp_path / "out/arms/baseline/seed-0"
+    assert read(folder / "status.json")["status"] == "failed"
+    for file in (folder / "checkpoints").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_an_impossible_plan_is_named_with_its_place_and_leaves_no_folder(tmp_path, cache, swept):
+    config = quick(tmp_path)
+    config["plan"] |= {"pins": {"block0.mlp": "aer"}}
+    if swept:
+        config["sweep"] = {"seeds": [[0], [1]]}
+    path = tmp_path / "x.yaml"
+    path.write_text("# a comment\n" + json.dumps(config))
+    with pytest.raises(ConfigError, match=r"x\.yaml:2:\d+: plan: layer 'block0\.mlp' is pinned to 'aer'"):
+        experiments.run(path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def metrics(out):
     files = sorted(out.glob("arms/*/seed-*/metrics.jsonl"))
     assert files
@@ -151,6 +226,42 @@ def metrics(out):
 def test_a_used_folder_is_refused_with_the_way_on(finished, tmp_path):
     with pytest.raises(experiments.RunFolderError, match="already holds a finished run"):
         experiments.run(settings(tmp_path), out=finished.out)
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the finished run that was interrupted after its last training."""
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    (out / "summary.json").unlink()
+    return out
+
+
+def test_settings_that_changed_since_a_seed_was_finished_are_refused(unfinished):
+    file = unfinished / "config.yaml"
+    file.write_text(file.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    with pytest.raises(RunFolderError, match=r"another configuration: train\.weight_decay") as caught:
+        experiments.resume(unfinished)
+    assert (caught.value.found, caught.value.expected) == ("train.weight_decay=0.1", "train.weight_decay=0.2")
+
+
+def test_a_text_that_changed_since_a_seed_was_finished_is_refused(unfinished, monkeypatch):
+    import lm
+
+    load = lm.load_corpus
+    text = unfinished / "text.txt"
+    text.write_text(TEXT[:-50])
+    monkeypatch.setattr(lm, "load_corpus", lambda **words: load(**words | {"path": text}))
+    with pytest.raises(RunFolderError, match=r"another configuration: data\.sha256"):
+        experiments.resume(unfinished)
+
+
+def test_resuming_after_the_last_step_keeps_the_measured_trace(unfinished, finished):
+    folder = unfinished / "arms/hybrid/seed-1"
+    before = read(folder / "trace.json")
+    assert [event for event in before["traceEvents"] if event["ph"] == "X" and event["pid"] == 2]
+    record.write_json(folder / "status.json", read(folder / "status.json") | {"status": "interrupted"})
+    assert metrics(experiments.resume(unfinished).out) == metrics(finished.out)
+    assert read(folder / "trace.json") == before
 
 
 def test_resuming_a_finished_run_reads_it(finished):
@@ -220,14 +331,37 @@ def test_devices_lists_the_cpu_and_aer(capsys):
     assert "GiB" in out
 
 
-def test_a_sweep_runs_every_combination_and_resumes(tmp_path, cache):
+def test_a_sweep_runs_every_combination_and_resumes(finished, tmp_path):
     config = settings(tmp_path, seeds=[0], arms=["baseline"], sweep={"train.learning_rate": [1e-3, 1e-2]})
-    result = experiments.run(config, out=tmp_path / "sweep")
+    result = experiments.run(config, out=tmp_path / "sweep", plans=finished.out)
     index = read(tmp_path / "sweep" / "sweep.json")
     assert [entry["settings"] for entry in index["runs"]] == [
         {"train.learning_rate": 1e-3},
         {"train.learning_rate": 1e-2},
     ]
     assert len((tmp_path / "sweep" / "table.txt").read_text().splitlines()) == 4
-    (tmp_path / "sweep" / "run-001" / "summary.json").unlink()
+    (tmp_path / "sweep" / "run-000" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "sweep" / "run-001")
     assert experiments.resume(tmp_path / "sweep").summary == result.summary
+    plan = read(tmp_path / "sweep/run-001/arms/baseline/plan.json")
+    assert plan == read(finished.out / "arms/baseline/plan.json")
+
+
+def test_a_resumed_sweep_has_the_configurations_that_it_began_with(tmp_path, cache, monkeypatch):
+    begun = []
+
+    def note(name, runs, folder, plans):
+        begun.append((name, [one.config for _, one in runs]))
+
+    monkeypatch.setattr(sweep, "_execute", note)
+    (tmp_path / "b.txt").write_text(TEXT)
+    circuit = {"unit": "block0.mlp", "n_qubits": 2}
+    config = settings(tmp_path, sweep={"quantum": [None, circuit], "data.path": ["text.txt", "b.txt"]})
+    del config["arms"], config["quantum"]
+    (tmp_path / "x.yaml").write_text(json.dumps(config))
+    monkeypatch.chdir("/")
+    experiments.run(tmp_path / "x.yaml", out=tmp_path / "out")
+    experiments.resume(tmp_path / "out")
+    assert begun[0] == begun[1]
+    assert [config.data.path for config in begun[0][1]] == 2 * [str(tmp_path / "text.txt"), str(tmp_path / "b.txt")]
+    assert [len(config.arms) for config in begun[0][1]] == [1, 1, 5, 5]

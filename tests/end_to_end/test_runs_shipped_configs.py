@@ -22,6 +22,7 @@ from experiments import cli, config_file
 
 CONFIGS = Path(str(files("experiments"))) / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.endswith("_topology"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FIGURE = re.compile(r"(\w+)\.(\w+) = ([-\d.e]+) \+- ([\d.e]+)")
 
 
@@ -44,7 +45,9 @@ def figures(lines):
 
 
 def check(name, lines, overrides, tmp_path, capsys):
+    """Compare the stated figures; the run's summary, None of one that is only planned."""
     path = CONFIGS / f"{name}.yaml"
+    summary = None
     if head(name)["Command"][0].startswith("heteroq plan"):
         assert cli.main(["plan", str(path), *overrides, "--json"]) == 0
         plans = json.loads(capsys.readouterr().out)["arms"]
@@ -54,6 +57,7 @@ def check(name, lines, overrides, tmp_path, capsys):
         found = {(arm, key): value for arm, c in summary["arms"].items() for key, value in c["mean"].items()}
     for key, (value, tolerance) in figures(lines).items():
         assert found[key] == pytest.approx(value, abs=tolerance), key
+    return summary
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,17 +94,31 @@ def test_the_smoke_form_gives_the_stated_figures(name, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cluster"])
 def test_the_whole_run_gives_the_stated_figures(name, tmp_path, capsys):
-    check(name, head(name)["Expect"], [], tmp_path, capsys)
+    summary = check(name, head(name)["Expect"], [], tmp_path, capsys)
+    if name == "quickstart":
+        for seed, figures in summary["arms"]["baseline"]["seeds"].items():
+            assert figures["test_loss"] <= summary["floors"]["bigram"] - 0.1, seed
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rates_were_tuned_with_seeds_that_the_run_does_not_use(name):
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cluster"])
+def test_rates_of_arms_that_are_compared_were_tuned_with_seeds_that_the_run_does_not_use(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     from tune_learning_rates import TUNING_SEED
 
-    assert TUNING_SEED not in config_file.load(CONFIGS / f"{name}.yaml").config.seeds
+    config = config_file.load(CONFIGS / f"{name}.yaml").config
+    assert TUNING_SEED not in config.seeds
+    if len(config.arms) > 1:
+        assert f"seed {TUNING_SEED}" in (config.train.tuning or "")
+
+
+RESULTS = {name: sorted(BENCHMARKS.glob(f"results/learning_rates_{name}_*.json")) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", [name for name, files in RESULTS.items() if files])
+def test_rates_are_the_best_of_their_tuning(name):
+    config = config_file.load(CONFIGS / f"{name}.yaml").config
+    best = json.loads(RESULTS[name][-1].read_text())["best"]
+    assert best == {arm: config.train.rate(arm) for arm in config.arms}
 
 
 def test_the_schema_for_editors_is_the_programs_own(capsys):

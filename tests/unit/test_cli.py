@@ -61,6 +61,21 @@ def test_a_users_mistake_ends_2(capsys, tmp_path, monkeypatch, words, expected):
     assert "Traceback" not in err
 
 
+def test_one_html_file_is_refused_for_a_sweep_of_several_runs(capsys, tmp_path):
+    (tmp_path / "sweep.json").write_text('{"runs": [{"run": "run-000"}, {"run": "run-001"}]}')
+    code, _, err = run(capsys, "report", tmp_path, "--html", tmp_path / "a.html")
+    assert code == 2
+    assert "--html names one file for several runs" in err
+
+
+def test_a_sweep_is_not_planned_as_if_it_were_its_base(capsys, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nsweep: {model.n_layer: [1, 2]}\n")
+    code, out, err = run(capsys, "plan", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {path}:2:8: sweep: several configurations; one is planned at a time\n")
+
+
 def test_overrides_may_stand_behind_options(capsys, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("name: x\n")

@@ -26,6 +26,7 @@ def test_a_folder_that_can_not_be_made_is_the_users_mistake(tmp_path):
     ("files", "expected"),
     [
         (["summary.json", "config.yaml"], "already holds a finished run"),
+        (["sweep.json", "config.yaml", "table.json"], "already holds a finished run"),
         (["config.yaml"], r"already holds an unfinished run\n  remedy: go on with: heteroq run --resume "),
         (["thesis.tex"], r"is not empty\n  found: thesis\.tex"),
     ],
@@ -38,7 +39,7 @@ def test_a_used_folder_is_refused(tmp_path, files, expected):
 
 
 def test_what_a_kill_leaves_before_the_start_is_no_run(tmp_path):
-    for name in (".lock", "tuning.json", "environment.json"):
+    for name in (".lock", "environment.json"):
         (tmp_path / name).write_text("{}")
     record.refuse_used(tmp_path)
 

@@ -169,11 +169,19 @@ def test_overrides_replace_values_and_fill_absent_sections():
         ("=3", "override '=3': expected KEY=VALUE"),
         ("seeds.x=3", "override 'seeds.x=3': seeds: not a section"),
         ("train.steps=[1", "override 'train.steps=[1':"),
+        ("plan.devices=[cpu, 3]", "override 'plan.devices=[cpu, 3]': plan.devices.1: expected text"),
         ("train.steps=*a", "anchors and aliases are not supported"),
     ],
 )
 def test_a_wrong_override_is_named(override, expected):
     assert any(expected in line for line in problems(FULL, override))
+
+
+def test_a_layers_dotted_name_is_one_key_of_the_pins():
+    config = config_file.parse(MINIMAL, "x.yaml", ["plan.pins.block0.mlp=cpu"]).config
+    assert config.plan.pins == {"block0.mlp": "cpu"}
+    runs = config_file.expand(config_file.parse(MINIMAL, "x.yaml", ["sweep.plan.pins.block0.mlp=[cpu, aer]"]))
+    assert [run.config.plan.pins for _, run in runs] == [{"block0.mlp": "cpu"}, {"block0.mlp": "aer"}]
 
 
 def test_a_sweep_is_the_grid_of_its_lists():
@@ -241,6 +249,30 @@ def test_a_text_is_looked_for_beside_the_configuration(tmp_path, monkeypatch):
     assert config_file.load(tmp_path / "x.yaml").config.data.path == str(tmp_path / "text.txt")
     given = config_file.load(tmp_path / "x.yaml", ["data.path=text.txt"]).config.data.path
     assert given == str(elsewhere / "text.txt")
+
+
+def test_the_texts_of_a_sweep_are_looked_for_as_a_single_one_is(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("beside")
+    (tmp_path / "x.yaml").write_text("name: x\nsweep: {data.path: [a.txt, b.txt]}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    def paths(*overrides):
+        return [run.config.data.path for _, run in config_file.expand(config_file.load(tmp_path / "x.yaml", overrides))]
+
+    assert paths() == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert paths("sweep.data.path=[c.txt]") == [str(elsewhere / "c.txt")]
+
+
+def test_a_varied_run_finds_its_one_text_beside_the_configuration(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("beside")
+    (tmp_path / "x.yaml").write_text("name: x\ndata: {path: text.txt}\nsweep: {train.steps: [1, 2]}\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = config_file.expand(config_file.load(tmp_path / "x.yaml"))
+    assert {run.config.data.path for _, run in runs} == {str(tmp_path / "text.txt")}
 
 
 def test_the_schema_lists_every_section_with_descriptions():

@@ -58,6 +58,14 @@ def test_outputs_are_counted_and_inputs_are_not() -> None:
     assert plan.memory_bytes == 12
 
 
+def test_copied_inputs_and_outputs_share_the_arena_with_temporaries() -> None:
+    a, b, out, saved = Root("input", 1000), Root("scratch", 1000), Root("output", 1000), Root("saved", 100)
+    spans = lifetimes([[a], [a, b], [b, out, saved], [out, saved]])
+    plan = assign(spans, alignment=4, in_arena=("input", "scratch", "output", "saved"))
+    assert (plan.arena_bytes, plan.slab_bytes, plan.output_bytes) == (2100, 100, 1000)
+    assert a.offset == out.offset
+
+
 def test_lifetimes_span_first_to_last_use() -> None:
     a, b = Root("scratch", 4), Root("scratch", 4)
     assert lifetimes([[a], [b], [], [a]]) == {a: (0, 3), b: (1, 1)}

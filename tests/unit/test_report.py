@@ -145,6 +145,14 @@ def test_differences_are_signed_and_stand_with_their_p_values(complete: Path, te
     assert f"{comparison['difference']:+.4f} [{low}, {high}] 0.12 0.50 0.031" in Page(text).words
 
 
+def test_intervals_of_differences_are_named_by_the_alpha_of_the_run(small: Path) -> None:
+    summary = json.loads((small / "summary.json").read_text())
+    (small / "summary.json").write_text(json.dumps({**summary, "alpha": 0.01}))
+    text = written(small)
+    assert 'aria-label="paired differences between arms with 99 % intervals"' in text
+    assert "95 % intervals (Student's t) beneath, 99 % for differences" in Page(text).words
+
+
 def test_every_seed_has_a_thin_curve_and_every_arm_a_thick_one(text: str) -> None:
     training = re.findall(r'<svg class="chart"[^>]*data-split="train".*?</svg>', text, re.S)
     assert len(training) == 5

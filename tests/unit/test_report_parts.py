@@ -219,6 +219,11 @@ def test_terminal_table_shows_means_with_their_intervals(summary: dict[str, Any]
     assert f"{arm['mean']['test_loss']:.4f} ±{(high - low) / 2:.4f}" in line
 
 
+def test_terminal_heading_says_how_sure_the_intervals_of_differences_are(summary: dict[str, Any]) -> None:
+    text = " ".join(report.text_table({**summary, "alpha": 0.01}).split())
+    assert "± is the interval, 95 % for means, 99 % for differences" in text
+
+
 def test_terminal_obeys_no_control_characters_from_a_file(summary: dict[str, Any]) -> None:
     spoiled = {**summary, "name": "a\x1b[2Jb", "verdict": "v\x07w", "floors": {"\x1b[31m": 1.0}}
     text = report.text_table(spoiled)

@@ -66,6 +66,15 @@ def test_p_values_are_adjusted_for_all_comparisons():
     assert found[0].p_holm == pytest.approx(3 * 2 / 2**12)  # hybrid, twin, hybrid against twin
 
 
+def test_tests_of_equivalence_share_the_adjustment_with_those_of_a_difference():
+    found = compare(losses(12, -0.5, twin=0.0), metric="test_loss", margin=0.05, alpha=0.05)
+    # The twin equals the baseline: p = 0 comes first of the six, then the hybrid against either, 2 / 2^12 each.
+    assert [one.p_tost for one in found][1] == 0.0
+    assert found[0].p_holm == found[2].p_holm == pytest.approx(5 * 2 / 2**12)
+    assert found[1].p_tost_holm == 0.0
+    assert found[0].p_tost_holm == pytest.approx(1.0)
+
+
 def test_the_overall_verdict_names_the_floor():
     found = compare(losses(3, 0.1), metric="test_loss", margin=None, alpha=0.05)
     text = overall_verdict(found, {"baseline": 2.1, "hybrid": 2.2}, FLOORS)
