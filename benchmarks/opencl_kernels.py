@@ -82,8 +82,10 @@ def gemm(bench: Bench) -> None:
         b = torch.randn(N, K_).t() if kind == "linear" else torch.randn(K_, N)
         out, bias = torch.empty(M, N), torch.randn(N)
         with_bias = kind == "linear"
-        views = {"bias": bench.view(bias) if with_bias else None, "scratch": bench.scratch}
-        launches = K.gemm(bench.view(a), bench.view(b), bench.view(out), **views)  # type: ignore[arg-type]
+        options = {"bias": bench.view(bias) if with_bias else None, "scratch": bench.scratch}
+        local = bench.device.capabilities.local_memory_bytes
+        views = (bench.view(a), bench.view(b), bench.view(out))
+        launches = K.gemm(*views, local_memory_bytes=local, **options)  # type: ignore[arg-type]
         reference = (lambda: torch.addmm(bias, a, b)) if with_bias else (lambda: a @ b)
         bench.compare(f"gemm {kind} {M}x{N}x{K_}", launches, reference)
 
@@ -152,7 +154,8 @@ def _attention(bench: Bench, B: int, H: int, T: int, E: int) -> None:
     q, k, val = (t.view(B, T, H, E).transpose(1, 2) for t in torch.randn(B, T, 3 * C).split(C, -1))
     dq, dk, dv = (t.view(B, T, H, E).transpose(1, 2) for t in torch.empty(B, T, 3 * C).split(C, -1))
     grad, out = (torch.randn(B, T, H, E).transpose(1, 2) for _ in range(2))
-    lse, options = torch.empty(B, H, T), {"scale": E**-0.5, "is_causal": True}
+    lse, local = torch.empty(B, H, T), bench.device.capabilities.local_memory_bytes
+    options = {"scale": E**-0.5, "is_causal": True, "local_memory_bytes": local}
     name = f"{B}x{H}x{T}x{E}"
     forward = A._scaled_dot_product_flash_attention_for_cpu
     launches = K.attention(*map(v, (q, k, val, out, lse)), **options)  # type: ignore[arg-type]

@@ -79,8 +79,11 @@ def layout(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     """The same values in another place.
 
     `plain`; `transposed` (last two dimensions swapped in memory); `offset` (begins one float after a 64-byte boundary);
-    `gaps` (every second element of the last dimension); `slice` (rows of a wider array).
+    `gaps` (every second element of the last dimension); `slice` (rows of a wider array); and, for inputs, `expanded`
+    (the first row alone, with a stride of 0 for all others: other values).
     """
+    if kind == "expanded" and tensor.dim() >= 2:
+        return tensor[..., :1, :].clone().expand(tensor.shape)
     if kind == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if kind == "offset":
@@ -94,7 +97,8 @@ def layout(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return tensor.clone()
 
 
-LAYOUTS = ("plain", "transposed", "offset", "gaps", "slice")
+OUTPUT_LAYOUTS = ("plain", "transposed", "offset", "gaps", "slice")
+LAYOUTS = (*OUTPUT_LAYOUTS, "expanded")
 
 
 def empty(*shape: int, kind: str = "plain") -> torch.Tensor:

@@ -47,7 +47,7 @@ def absence() -> dict[str, str] | None:
         return {
             "api": "cuda",
             "reason": f"torch {torch.__version__} is built without CUDA",
-            "remedy": "where there is an NVIDIA GPU: pip install torch --index-url https://download.pytorch.org/whl/cu128",
+            "remedy": "where there is an NVIDIA GPU: install torch's CUDA build, as its own page 'Get started' says",
         }
     return {
         "api": "cuda",

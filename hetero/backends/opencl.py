@@ -98,7 +98,7 @@ class _Alone(nn.Module):
 
 
 def torch_device(name: str) -> str:
-    """Host memory: what a device can't read in place is copied at its calls."""
+    """Host memory: a device that shares it works there; to any other, tensors are copied and back at each call."""
     return "cpu"
 
 

@@ -4,15 +4,19 @@ Options:
     device: name of an OpenCL device; `opencl:0` unless given.
     fallback: None, the default: an operation without kernel is an error. "cpu": it runs on the host, is logged, and is
         listed by `fallbacks`.
+    memory: None, the default: on a device that shares the host's memory tensors are used where they lie. "copy": they
+        are copied there and back at each call, as on any other device.
 
 Nothing runs anywhere else in silence. A graph break or a function that torch.compile gives up compiling after too many
-recompilations would leave parts to eager PyTorch: both are errors. For the second there is only a switch of
-torch._dynamo for all backends of the process (`fail_on_recompile_limit_hit`); set when this backend first compiles.
+recompilations would leave parts to eager PyTorch: both are errors. At a graph break in a loop or a `try` TorchDynamo
+gives up the whole function without asking the backend, so importing this module wraps where it converts functions: for
+this backend, as with `torch._dynamo.error_on_graph_break`; others never notice. For recompilations there is only a
+switch of torch._dynamo for all backends of the process (`fail_on_recompile_limit_hit`); set when this backend first
+compiles.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._decomp import core_aten_decompositions
+from torch._dynamo import convert_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -51,6 +56,7 @@ class Options:
 
     device: str
     fallback: str | None
+    memory: str | None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -60,18 +66,21 @@ class Options:
             CompileError: an unknown option or value.
         """
         given = dict(options or {})
-        device, fallback = given.pop("device", "opencl:0"), given.pop("fallback", None)
+        device = given.pop("device", "opencl:0")
+        fallback, memory = given.pop("fallback", None), given.pop("memory", None)
         if given:
             raise CompileError(
-                "unknown options of the opencl backend", found=", ".join(map(repr, given)), expected="device, fallback"
+                "unknown options of the opencl backend",
+                found=", ".join(map(repr, given)),
+                expected="device, fallback, memory",
             )
-        if not isinstance(device, str) or fallback not in (None, "cpu"):
+        if not isinstance(device, str) or fallback not in (None, "cpu") or memory not in (None, "copy"):
             raise CompileError(
                 "bad options of the opencl backend",
-                found=f"device={device!r}, fallback={fallback!r}",
-                expected='a device name as in "opencl:0.1", and None or "cpu"',
+                found=f"device={device!r}, fallback={fallback!r}, memory={memory!r}",
+                expected='a device name as in "opencl:0.1"; None or "cpu"; None or "copy"',
             )
-        return cls(device, fallback)
+        return cls(device, fallback, memory)
 
 
 def opencl(
@@ -87,7 +96,7 @@ def opencl(
     `owner` names who the graph's fallbacks are listed for; torch.compile doesn't pass it.
 
     Raises:
-        CompileError: a partial graph (there was a graph break), unknown options, tensors on another device.
+        CompileError: unknown options, tensors on another device. A graph break is one too, before this is called.
         UnsupportedOperationError: an operation without kernel, and no fallback; for the backward pass at its first run.
         DeviceError: no such device.
     """
@@ -95,14 +104,13 @@ def opencl(
     if mode not in (None, "default"):
         raise CompileError("the opencl backend has no modes", found=repr(mode), remedy="leave mode out")
     _fail_on_recompile_limit()
-    _require_whole_graph(gm)
     for tensor in inputs:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             raise CompileError("the opencl backend takes tensors of the host", found=f"a tensor on {tensor.device}")
     with unset_fake_temporarily():
         device = open_device(checked.device)
 
-    settings: dict[str, Any] = {"fallback": checked.fallback, "owner": owner}
+    settings: dict[str, Any] = {"fallback": checked.fallback, "copies": checked.memory == "copy", "owner": owner}
 
     def forward(graph: GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
         context = TracingContext.try_get()
@@ -133,20 +141,51 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {op: function for op, function in table.items() if op not in kept}
 
 
-def _require_whole_graph(gm: GraphModule) -> None:
-    """Refuse a graph that is only a part of what the user compiled."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    is_resumed = any("torch_dynamo_resume_in" in frame.name for frame in getattr(reason, "user_stack", ()) or ())
-    if (reason is not None and reason.graph_break) or is_resumed:
-        place = ""
-        with contextlib.suppress(AttributeError, IndexError):
-            frame = reason.user_stack[-1]  # type: ignore[union-attr]
-            place = f" ({frame.filename}:{frame.lineno})"
+def _is_ours(convert: Any) -> bool:
+    """Whether an object that converts functions does it for this backend, behind any number of wrappers."""
+    backend: Any = getattr(convert, "_torchdynamo_orig_backend", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    backend = getattr(backend, "compiler_fn", backend)
+    return getattr(backend, "func", backend) is opencl
+
+
+def _forbid_graph_breaks() -> None:
+    """Make TorchDynamo raise at graph breaks where it converts a function for this backend.
+
+    Raises:
+        CompileError: this version of torch converts functions elsewhere.
+    """
+    try:
+        is_known = _is_ours(convert_frame.ConvertFrame(opencl, convert_frame.Hooks()))
+        original, strict = convert_frame.ConvertFrame.__call__, torch._dynamo.error_on_graph_break
+    except (AttributeError, TypeError):
+        is_known = False
+    if not is_known:
         raise CompileError(
-            "torch.compile broke the graph; parts of it would run on the host",
-            found=f"{getattr(reason, 'reason', 'a graph break')}{place}",
-            remedy="change the code there, or see torch.compile(..., fullgraph=True) for the reason",
+            "with this version of torch, graph breaks can't be made errors",
+            found=f"torch {torch.__version__}, without torch._dynamo.convert_frame.ConvertFrame as it was in 2.13",
+            remedy="install the version in constraints.txt",
         )
+
+    @functools.wraps(original)
+    def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(self):
+            return original(self, *args, **kwargs)
+        try:
+            with strict(True):
+                return original(self, *args, **kwargs)
+        except torch._dynamo.exc.Unsupported as error:
+            raise CompileError(
+                "torch.compile broke the graph; parts of it would run on the host",
+                found=str(error).strip(),
+                remedy="change the code there",
+            ) from None
+
+    convert_frame.ConvertFrame.__call__ = convert
+
+
+_forbid_graph_breaks()
 
 
 def _fail_on_recompile_limit() -> None:
@@ -166,7 +205,9 @@ _entries_lock = threading.Lock()
 _entry_numbers = itertools.count()
 
 
-def compile_module(module: torch.nn.Module, device: str, fallback: str | None = None) -> CompiledModule:
+def compile_module(
+    module: torch.nn.Module, device: str, fallback: str | None = None, memory: str | None = None
+) -> CompiledModule:
     """A module compiled for a device; called like it: (x, context) -> y, differentiable, from any thread.
 
     TorchDynamo counts recompilations by code object. So every structure of module and geometry of call gets an entry
@@ -177,8 +218,9 @@ def compile_module(module: torch.nn.Module, device: str, fallback: str | None = 
         module: called module(x, context).
         device: name of an OpenCL device.
         fallback: see the backend's options.
+        memory: see the backend's options.
     """
-    return CompiledModule(module, Options.parse({"device": device, "fallback": fallback}))
+    return CompiledModule(module, Options.parse({"device": device, "fallback": fallback, "memory": memory}))
 
 
 class CompiledModule:

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from hetero.opencl.errors import Unsupported
+
 C_TYPES = {
     torch.float32: "float",
     torch.float64: "double",
@@ -22,7 +24,26 @@ C_TYPES = {
     torch.bool: "uchar",
 }
 
-# float32 functions, by name; a function may use those above it.
+# torch's remainder and floor division (c10/util/generic_math.h) of either type: by fmod, which is exact, where a
+# quotient would be rounded first.
+_MODULO = """
+static inline {type} remainder{n}({type} a, {type} b)
+{{
+    const {type} mod = fmod(a, b);
+    return mod != 0 && (b < 0) != (mod < 0) ? mod + b : mod;
+}}
+"""
+_FLOOR_DIVIDE = """
+static inline {type} floor_divide{n}({type} a, {type} b)
+{{
+    const {type} mod = fmod(a, b), quotient = (a - mod) / b;
+    const {type} near = mod != 0 && (b < 0) != (mod < 0) ? quotient - 1 : quotient, below = floor(near);
+    const {type} whole = near == 0 ? copysign(({type})0, a / b) : near - below > ({type})0.5 ? below + 1 : below;
+    return b == 0 ? a / b : whole;
+}}
+"""
+
+# Functions by name, those of float32 end in 1; a function may use those above it.
 _FUNCTIONS = {
     "abs1": "static inline float abs1(float x) { return as_float(as_int(x) & 0x7fffffff); }\n",
     # 2^n exp(r) as in common.cl, of which this is the scalar form that the loop vectoriser takes. 2 ulp.
@@ -125,6 +146,10 @@ static inline float cdf1(float x)
 }
 """,
     "cdf2": "static inline double cdf2(double x) { return 0.5 * erfc(-0.7071067811865476 * x); }\n",
+    "remainder1": _MODULO.format(type="float", n=1),
+    "remainder2": _MODULO.format(type="double", n=2),
+    "floor_divide1": _FLOOR_DIVIDE.format(type="float", n=1),
+    "floor_divide2": _FLOOR_DIVIDE.format(type="double", n=2),
     "sqrt1": "static inline float sqrt1(float x) { return __builtin_sqrtf(x); }\n",
 }
 _NEEDS = {"tanh1": ("exp1",), "cdf1": ("abs1", "exp1")}
@@ -136,6 +161,13 @@ def functions_of(text: str) -> str:
     used |= {needed for name in used for needed in _NEEDS.get(name, ())}
     head = "#pragma OPENCL EXTENSION cl_khr_fp64 : enable\n" if "double" in text else ""
     return head + "".join(source.lstrip() for name, source in _FUNCTIONS.items() if name in used)
+
+
+def require_c_types(*dtypes: torch.dtype) -> None:
+    """Raise Unsupported unless all are types of kernels."""
+    others = sorted({str(dtype) for dtype in dtypes if dtype not in C_TYPES})
+    if others:
+        raise Unsupported(f"no kernels for {', '.join(others)}")
 
 
 def literal(value: float | int | bool, dtype: torch.dtype) -> str:

@@ -55,4 +55,4 @@ class UnsupportedOperationError(HeteroError):
 
 
 class CompileError(HeteroError):
-    """torch.compile gave the backend something it refuses: a part of a function, unknown options, another device."""
+    """The backend refuses what it is to compile: a function that breaks the graph, unknown options, another device."""

@@ -6,6 +6,7 @@ that NaN passes: a comparison with NaN is false and must leave the NaN.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as KIND
 from torch._prims_common import elementwise_dtypes
 
-from hetero.opencl.c_source import C_TYPES
+from hetero.opencl.c_source import C_TYPES, literal, require_c_types
 from hetero.opencl.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _NAMES = {
     "CDF": ("cdf1", "cdf2"),
     "SQRT": ("sqrt1", "sqrt"),
     "ABS": ("abs1", "fabs"),
+    "REMAINDER": ("remainder1", "remainder2"),
+    "FLOOR_DIVIDE": ("floor_divide1", "floor_divide2"),
 }
 
 
@@ -81,19 +84,17 @@ def expression(rule: Rule, arguments: Mapping[str, Any], values: Mapping[str, An
     Raises:
         Unsupported: a type without C counterpart.
     """
-    compute, _ = elementwise_dtypes(*(values[name] for name in rule.promote), type_promotion_kind=rule.kind)
+    promoted = [values[name] for name in rule.promote if values[name] is not None]
+    compute, _ = elementwise_dtypes(*promoted, type_promotion_kind=rule.kind)
+    require_c_types(compute, *(value.dtype for value in values.values() if isinstance(value, torch.Tensor)))
     template = rule.template(arguments, compute) if callable(rule.template) else rule.template
     for name, (single, double) in _NAMES.items():
         template = template.replace(f"{name}(", f"{double if compute == torch.float64 else single}(")
     names = list(dict.fromkeys(re.findall(r"\{(\w+)\}", template)))
     types = tuple(rule.fixed.get(name, compute) for name in names)
-    result = rule.result or compute
-    used = {*types, result, *(values[n].dtype for n in names if isinstance(values[n], torch.Tensor))}
-    if not used <= C_TYPES.keys():
-        raise Unsupported(f"no kernels for {', '.join(sorted(str(t) for t in used - C_TYPES.keys()))}")
     for i, name in enumerate(names):
         template = template.replace(f"{{{name}}}", f"{{{i}}}")
-    return Expression(template, tuple(arguments[name] for name in names), types, result)
+    return Expression(template, tuple(arguments[name] for name in names), types, rule.result or compute)
 
 
 def _wrapping(operator: str) -> Callable[[Mapping[str, Any], torch.dtype], str]:
@@ -149,7 +150,7 @@ def _divide(arguments: Mapping[str, Any], dtype: torch.dtype) -> str:
     if mode is None:
         return "{self} / {other}"
     if dtype.is_floating_point:
-        return ("floor" if mode == "floor" else "trunc") + "({self} / {other})"
+        return "FLOOR_DIVIDE({self}, {other})" if mode == "floor" else "trunc({self} / {other})"
     quotient = "{self} / ({other} == 0 || {other} == -1 ? 1 : {other})"
     whole = f"{{other}} == 0 ? 0 : {{other}} == -1 ? -{{self}} : {quotient}"
     if mode == "trunc":
@@ -164,7 +165,7 @@ _REMAINDER = "{self} % ({other} == 0 || {other} == -1 ? 1 : {other})"
 
 def _remainder(arguments: Mapping[str, Any], dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
-        return "{self} - floor({self} / {other}) * {other}"
+        return "REMAINDER({self}, {other})"
     return f"({_REMAINDER}) + (({_REMAINDER}) != 0 && ((({_REMAINDER}) < 0) != ({{other}} < 0)) ? {{other}} : 0)"
 
 
@@ -191,21 +192,32 @@ def _clamp(arguments: Mapping[str, Any], dtype: torch.dtype) -> str:
     return text
 
 
+def _rounded(function: str) -> Rule:
+    """A function that leaves integers as they are."""
+    return Rule(lambda _, dtype: f"{function}({{self}})" if dtype.is_floating_point else "{self}", ("self",))
+
+
 # GELU and its derivative, exact and by tanh: torch.nn.functional.gelu. (1 + tanh(u)) / 2 is the sigmoid of 2 u, which
-# doesn't cancel in the lower tail. Constants: 2 sqrt(2 / pi), 1 / sqrt(2 pi).
-_GATE = "(1 / (1 + EXP(-1.5957691216057308f * ({self} + 0.044715f * {self} * {self} * {self}))))"
+# doesn't cancel in the lower tail.
+def _gelu_parts(dtype: torch.dtype) -> tuple[str, str, str]:
+    """Of the tanh form the sigmoid and the derivative of 2 u; of the exact one the density."""
+    a, b, c = (literal(x, dtype) for x in (2 * math.sqrt(2 / math.pi), 0.044715, 3 * 0.044715))
+    gate = f"(1 / (1 + EXP(-{a} * ({{self}} + {b} * {{self}} * {{self}} * {{self}}))))"
+    slope = f"{a} * (1 + {c} * {{self}} * {{self}})"
+    half, scale = literal(0.5, dtype), literal(1 / math.sqrt(2 * math.pi), dtype)
+    return gate, slope, f"{scale} * EXP(-{half} * {{self}} * {{self}})"
 
 
 def _gelu(arguments: Mapping[str, Any], dtype: torch.dtype) -> str:
-    return f"{{self}} * {_GATE}" if arguments.get("approximate") == "tanh" else "{self} * CDF({self})"
+    gate, _, _ = _gelu_parts(dtype)
+    return f"{{self}} * {gate}" if arguments.get("approximate") == "tanh" else "{self} * CDF({self})"
 
 
 def _gelu_backward(arguments: Mapping[str, Any], dtype: torch.dtype) -> str:
+    gate, slope, density = _gelu_parts(dtype)
     if arguments.get("approximate") == "tanh":
-        slope = "1.5957691216057308f * ({self} + 0.134145f * {self} * {self} * {self})"
-        return f"{{grad_output}} * ({_GATE} + {_GATE} * (1 - {_GATE}) * ({slope}))"
-    pdf = "0.3989422804014327f * EXP(-0.5f * {self} * {self})"
-    return f"{{grad_output}} * (CDF({{self}}) + {{self}} * {pdf})"
+        return f"{{grad_output}} * ({gate} + {{self}} * {gate} * (1 - {gate}) * {slope})"
+    return f"{{grad_output}} * (CDF({{self}}) + {{self}} * {density})"
 
 
 _SIGMOID = "1 / (1 + EXP(-{self}))"
@@ -253,10 +265,10 @@ RULES: dict[Any, Rule] = {
     aten.sin.default: _unary("sin({self})"),
     aten.cos.default: _unary("cos({self})"),
     aten.atan.default: _unary("atan({self})"),
-    aten.floor.default: Rule("floor({self})", ("self",)),
-    aten.ceil.default: Rule("ceil({self})", ("self",)),
-    aten.round.default: Rule("rint({self})", ("self",)),
-    aten.trunc.default: Rule("trunc({self})", ("self",)),
+    aten.floor.default: _rounded("floor"),
+    aten.ceil.default: _rounded("ceil"),
+    aten.round.default: _rounded("rint"),
+    aten.trunc.default: _rounded("trunc"),
     aten.relu.default: Rule("{self} <= 0 ? 0 : {self}", ("self",)),
     aten.gelu.default: Rule(_gelu, ("self",)),
     aten.gelu_backward.default: Rule(_gelu_backward, ("grad_output", "self")),
@@ -277,9 +289,9 @@ RULES: dict[Any, Rule] = {
     aten.logical_xor.default: _logical("{self} ^ {other}", "self", "other"),
     aten.bitwise_not.default: Rule(_not, ("self",)),
     aten.where.self: Rule("{condition} ? {self} : {other}", ("self", "other"), fixed=_SELECT),
-    aten.clamp.default: Rule(_clamp, ("self",)),
-    aten.clamp_min.default: Rule("({self} < {min} ? {min} : {self})", ("self",)),
-    aten.clamp_max.default: Rule("({self} > {max} ? {max} : {self})", ("self",)),
+    aten.clamp.default: Rule(_clamp, ("self", "min", "max")),
+    aten.clamp_min.default: Rule("({self} < {min} ? {min} : {self})", ("self", "min")),
+    aten.clamp_max.default: Rule("({self} > {max} ? {max} : {self})", ("self", "max")),
     aten.maximum.default: _binary("({self} > {other} || {self} != {self}) ? {self} : {other}"),
     aten.minimum.default: _binary("({self} < {other} || {self} != {self}) ? {self} : {other}"),
     aten.addcmul.default: Rule("{self} + {value} * {tensor1} * {tensor2}", ("self", "tensor1", "tensor2")),

@@ -3,8 +3,8 @@
 Scratch lies in the device's arena, which every call on its queue uses in turn. What is saved for the backward pass lies
 in the frame's slab. The tensors that a call returns for saving share the slab's storage, so the frame is free again
 exactly when its storage has no other users: dropped forwards, backwards out of order and retain_graph need no care.
-What the caller keeps, outputs and gradients, has storage of its own, each piece; it is used again by a later call when
-the caller has let it go, by the same count.
+What the caller keeps, outputs and gradients, has storage of its own, each piece; outputs.py finds a free one by the
+same count. A device with memory of its own has no frames: copied.py.
 
 Inputs are used where they lie. Only their addresses are looked at, at every call: nothing rests on tensor versions,
 which fused optimizers and `.data` don't move.
@@ -12,18 +12,19 @@ which fused optimizers and `.data` don't move.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hetero.opencl.ir import Launch, Root, View
+from hetero.opencl.copied import COPIED_KINDS, CopiedCalls
+from hetero.opencl.ir import Root, View
 from hetero.opencl.memory import MemoryPlan, assign, lifetimes
+from hetero.opencl.outputs import OutputPool, in_layout, show, whole_views
 from hetero.opencl.program import Device, PreparedLaunches
-from hetero.opencl.steps import HostStep, Lowered
+from hetero.opencl.steps import HostStep, Lowered, roots_of, segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,22 +38,33 @@ class Plan:
     Attributes:
         lowered: steps and interface.
         memory: sizes, known before the first launch.
+        roots: all that the steps use or the caller gets.
+        pools: memory of each output.
     """
 
-    def __init__(self, lowered: Lowered, device: Device) -> None:
+    def __init__(self, lowered: Lowered, device: Device, *, copies: bool) -> None:
         self.lowered = lowered
         self.device = device
-        uses = [_roots_of(step) for step in lowered.steps]
+        uses = [roots_of(step) for step in lowered.steps]
         kept = [view.root for view in lowered.outputs if isinstance(view, View)]
+        is_shared = device.capabilities.shares_host_memory and not copies
+        if not is_shared:  # inputs are all there before the first step
+            uses.insert(0, [root for roots in uses for root in roots if root.kind == "input"])
         spans = lifetimes([*uses, kept])
-        self.memory: MemoryPlan = assign(spans, alignment=max(64, device.capabilities.alignment_bytes))
+        alignment = max(64, device.capabilities.alignment_bytes)
+        in_arena = ("scratch",) if is_shared else COPIED_KINDS
+        self.memory: MemoryPlan = assign(spans, alignment=alignment, in_arena=in_arena)
+        self._copied = None if is_shared else CopiedCalls(lowered, device, tuple(spans), self.memory.arena_bytes)
         self.roots = tuple(spans)
+        self.pools = {root: OutputPool(view) for root, view in whole_views(lowered.outputs, ("output",)).items()}
         sizes = [(view.root.nbytes, i) for i, view in enumerate(lowered.inputs) if view is not None]
         self._key = max(sizes)[1] if sizes else -1
         self._frames: list[Frame] = []
 
     def run(self, arguments: list[Any]) -> list[Any]:
         """One call. The caller holds the device's lock."""
+        if self._copied is not None:
+            return self._copied.run(arguments)
         return self._frame(arguments).run(arguments)
 
     def _frame(self, arguments: Sequence[Any]) -> Frame:
@@ -66,7 +78,7 @@ class Plan:
                 spare = frame
         if spare is None or (not self.memory.slab_bytes and len(self._frames) < _MAX_SPARE_FRAMES):
             spare = Frame(self, arena_of(self.device, self.memory.arena_bytes))
-            self._frames.append(spare)
+            self._frames = [*(frame for frame in self._frames if frame.is_in_place()), spare]
         spare.key = key
         return spare
 
@@ -81,13 +93,15 @@ class Frame:
         with torch.inference_mode(mode=False):
             self._slab = torch.empty(max(memory.slab_bytes, 4), dtype=torch.uint8)
         self._typed: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._segments = _segments(device, plan.lowered)
+        self._segments = segments(device, plan.lowered)
         self._prepared = [s for s in self._segments if isinstance(s, PreparedLaunches)]
         self._bind_own(plan)
         self._inputs = self._input_slots()
-        self._outputs = self._output_slots()
+        self._outputs = [_OutputSlot(root, self._users(root), pool) for root, pool in plan.pools.items()]
+        self._wholes = set(whole_views(plan.lowered.outputs, ("output",)).values())
         self._fresh: dict[Root, torch.Tensor] = {}
         self._storage = self._slab.untyped_storage()
+        self._place = self._storage.data_ptr(), self._storage.nbytes()
         self._returns = [self._return(i) for i in range(len(plan.lowered.outputs))]
         for step in plan.lowered.steps:  # so that all lasting users of the slab are counted now
             for view in (*step.inputs, *step.outputs) if isinstance(step, HostStep) else ():
@@ -96,31 +110,30 @@ class Frame:
         self._base_uses = torch._C._storage_Use_Count(self._storage._cdata)
 
     def is_free(self) -> bool:
-        """Whether nobody holds a tensor in the slab any more."""
+        """Whether nobody holds a tensor in the slab any more, and it is where it was."""
         uses: int = torch._C._storage_Use_Count(self._storage._cdata)
-        return uses == self._base_uses
+        return uses == self._base_uses and self.is_in_place()
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has moved the slab, as a hook that calls `share_memory_` on a saved tensor does."""
+        return (self._storage.data_ptr(), self._storage.nbytes()) == self._place
 
     def run(self, arguments: list[Any]) -> list[Any]:
         """Bind what moved, enqueue, wait, return the outputs."""
         device = self._device
         for slot in self._inputs:
             tensor = arguments[slot.index]
-            if tensor.stride() != slot.strides:
-                # Nothing guards the layout of saved tensors: hooks that pack and unpack them may change it.
-                tensor = torch.empty_strided(slot.shape, slot.strides, dtype=tensor.dtype).copy_(tensor)
-                arguments[slot.index] = tensor
+            if tensor.stride() != slot.view.strides:
+                tensor = arguments[slot.index] = in_layout(tensor, slot.view)
             pointer = tensor.data_ptr()
             if pointer != slot.pointer:
-                buffer = device.buffer(pointer, slot.nbytes)
-                for prepared in slot.users:
-                    prepared.bind(slot.root, buffer)
-                slot.pointer = pointer
+                slot.bind(device, pointer)
         fresh = self._fresh
         for output in self._outputs:
-            if output.is_held():
-                output.allocate(device)
-            assert output.tensor is not None
-            fresh[output.root] = output.tensor.detach()
+            piece = output.pool.take(output.pointer)
+            if piece.pointer != output.pointer:
+                output.bind(device, piece.pointer)
+            fresh[output.root] = piece.tensor.detach()
         for segment in self._segments:
             if isinstance(segment, HostStep):
                 self._run_on_host(segment, arguments)
@@ -154,7 +167,7 @@ class Frame:
             return first, lambda arguments: lasting.detach()  # shares the storage, and counts as its user
         if view.root.kind == "constant":
             return first, lambda arguments: self._tensor(view, arguments).clone()
-        if any(view == output.whole for output in self._outputs):
+        if view in self._wholes:
             return first, lambda arguments: self._fresh[view.root]
         return first, lambda arguments: self._tensor(view, arguments)
 
@@ -163,18 +176,18 @@ class Frame:
         root = view.root
         if root.kind == "input":
             tensor = arguments[root.index].detach()
-            return _show(tensor, view, tensor.storage_offset())
+            return show(tensor, view, tensor.storage_offset())
         if root.kind == "constant":
             assert root.tensor is not None
-            return _show(root.tensor, view, 0)
+            return show(root.tensor, view, 0)
         if root.kind == "output":
-            return _show(self._fresh[root], view, 0)
+            return show(self._fresh[root], view, 0)
         memory = self._slab if root.kind == "saved" else self._arena
         key = (root.kind, view.dtype)
         if key not in self._typed:
             whole = memory.numel() // view.dtype.itemsize * view.dtype.itemsize
             self._typed[key] = memory[:whole].view(view.dtype)
-        return _show(self._typed[key], view, root.offset // view.dtype.itemsize)
+        return show(self._typed[key], view, root.offset // view.dtype.itemsize)
 
     def _run_on_host(self, step: HostStep, arguments: Sequence[Any]) -> None:
         self._device.finish()
@@ -200,70 +213,40 @@ class Frame:
     def _users(self, root: Root) -> list[PreparedLaunches]:
         return [prepared for prepared in self._prepared if root in prepared.roots]
 
-    def _output_slots(self) -> list[_OutputSlot]:
-        """Roots that the caller gets, each with the view that it is allocated as, and who writes it."""
-        slots: dict[Root, View] = {}
-        for view in self._lowered.outputs:
-            if isinstance(view, View) and view.root.kind == "output":
-                is_whole = view.offset == 0 and view.numel * view.dtype.itemsize == view.root.nbytes
-                if is_whole or view.root not in slots:
-                    length = view.root.nbytes // view.dtype.itemsize
-                    slots[view.root] = view if is_whole else View(view.root, 0, (length,), (1,), view.dtype)
-        return [_OutputSlot(root, view, self._users(root)) for root, view in slots.items()]
-
     def _input_slots(self) -> list[_InputSlot]:
         slots = []
         for index, view in enumerate(self._lowered.inputs):
             if view is not None and view.numel:
-                slots.append(_InputSlot(index, view.root, view.shape, view.strides, self._users(view.root)))
+                slots.append(_InputSlot(view.root, self._users(view.root), index, view))
         return slots
 
 
 @dataclass
-class _InputSlot:
-    """An input: what it looks like, who uses it, where it was at the last call."""
+class _Slot:
+    """An input or output: who uses it, and where it was at the last call."""
 
-    index: int
     root: Root
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
     users: list[PreparedLaunches]
-    pointer: int = 0
+    pointer: int = field(default=0, init=False)
 
-    @property
-    def nbytes(self) -> int:
-        return self.root.nbytes
+    def bind(self, device: Device, pointer: int) -> None:
+        """Let the kernels use it where it is now."""
+        if self.root.nbytes:
+            buffer = device.buffer(pointer, self.root.nbytes)
+            for prepared in self.users:
+                prepared.bind(self.root, buffer)
+        self.pointer = pointer
 
 
 @dataclass
-class _OutputSlot:
-    """An output: how it is allocated, who writes it, and the memory of the last call, used again once nobody has it."""
+class _InputSlot(_Slot):
+    index: int
+    view: View
 
-    root: Root
-    whole: View
-    users: list[PreparedLaunches]
-    tensor: torch.Tensor | None = None
-    storage: torch.UntypedStorage | None = None
-    base_uses: int = 0
 
-    def is_held(self) -> bool:
-        """Whether there is no memory, or somebody outside has it."""
-        if self.storage is None:
-            return True
-        uses: int = torch._C._storage_Use_Count(self.storage._cdata)
-        return uses != self.base_uses
-
-    def allocate(self, device: Device) -> None:
-        """Take new memory."""
-        whole = self.whole
-        with torch.inference_mode(mode=False):
-            self.tensor = torch.empty_strided(whole.shape, whole.strides, dtype=whole.dtype)
-        self.storage = self.tensor.untyped_storage()
-        self.base_uses = torch._C._storage_Use_Count(self.storage._cdata)
-        if self.root.nbytes:
-            buffer = device.buffer(self.tensor.data_ptr(), self.root.nbytes)
-            for prepared in self.users:
-                prepared.bind(self.root, buffer)
+@dataclass
+class _OutputSlot(_Slot):
+    pool: OutputPool
 
 
 _arenas: weakref.WeakKeyDictionary[Device, torch.Tensor] = weakref.WeakKeyDictionary()
@@ -278,24 +261,3 @@ def arena_of(device: Device, nbytes: int) -> torch.Tensor:
             with torch.inference_mode(mode=False):
                 arena = _arenas[device] = torch.empty(max(nbytes, 4096), dtype=torch.uint8)
         return arena
-
-
-def _segments(device: Device, lowered: Lowered) -> list[PreparedLaunches | HostStep]:
-    """Runs of launches, prepared, with the host's steps between them."""
-    segments: list[PreparedLaunches | HostStep] = []
-    for is_launch, steps in itertools.groupby(lowered.steps, key=lambda step: isinstance(step, Launch)):
-        if is_launch:
-            segments.append(device.prepare([step for step in steps if isinstance(step, Launch)]))
-        else:
-            segments.extend(step for step in steps if isinstance(step, HostStep))
-    return segments
-
-
-def _roots_of(step: Launch | HostStep) -> list[Root]:
-    views = (*step.inputs, *step.outputs) if isinstance(step, HostStep) else step.arguments
-    return [view.root for view in views if isinstance(view, View)]
-
-
-def _show(base: torch.Tensor, view: View, offset: int) -> torch.Tensor:
-    """A view as a tensor, `offset` elements into its memory."""
-    return base.as_strided(view.shape, view.strides, offset + view.offset)

@@ -68,11 +68,12 @@ class CompiledGraph:
         n_user_outputs: int,
         is_backward: bool,
         fallback: str | None,
+        copies: bool,
         owner: str,
     ) -> None:
         # AOTAutograd then passes one list that we empty, so that inputs die early. It copies the instance's attributes.
         self._boxed_call = True
-        self._gm, self._device, self._fallback = gm, device, fallback
+        self._gm, self._device, self._fallback, self._copies = gm, device, fallback, copies
         self._n_user_outputs, self._is_backward, self._owner = n_user_outputs, is_backward, owner
         self._plans: dict[Any, Plan] = {}
         gm.graph.eliminate_dead_code()
@@ -106,7 +107,7 @@ class CompiledGraph:
             fallback=self._fallback,
         )
         with self._device.lock:
-            plan = Plan(lowering.run(HANDLERS), self._device)
+            plan = Plan(lowering.run(HANDLERS), self._device, copies=self._copies)
         name = self._device.name
         with _state_lock:
             _plans.setdefault(name, []).append(plan.memory)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
 import torch
 
+from hetero.opencl.errors import Unsupported
 from hetero.opencl.ir import Argument, Launch, LocalMemory, View
 from hetero.opencl.kernels_common import Scratch, ceil_div, require_dtype
 
-_BQ, _BK, _GROUP_QUERIES = 32, 64, 128  # as in attention.cl
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Sizes of blocks, named as in attention.cl: queries and keys of a block, queries of a group."""
+
+    BQ: int
+    BK: int
+    GROUP_QUERIES: int
+
+
+_BLOCKS = (_Blocks(32, 64, 128), _Blocks(16, 32, 64), _Blocks(16, 16, 32), _Blocks(8, 16, 16))  # the best one first
 
 
 def attention(
@@ -19,6 +36,7 @@ def attention(
     *,
     scale: float,
     is_causal: bool,
+    local_memory_bytes: int,
     scratch: Scratch | None = None,
     op: str = "_scaled_dot_product_flash_attention_for_cpu",
 ) -> list[Launch]:
@@ -32,22 +50,25 @@ def attention(
         lse: (B, H, T): logarithm of the sum of the exponentials of each row of scores.
         scale: factor of the scores.
         is_causal: query i sees keys j <= i.
+        local_memory_bytes: what a work-group may have on the device [B].
         scratch: not needed; there so that all kernels are called alike.
         op: what the launch is counted as.
 
     Raises:
-        Unsupported: another dtype than float32.
+        Unsupported: another dtype than float32, or heads too wide for the local memory.
     """
     require_dtype(torch.float32, q, k, v, out, lse)
     (n_batch, n_head, T, E), S, F = q.shape, k.shape[2], v.shape[3]
     width = _padded(E) + _padded(F)
-    memory = LocalMemory(4 * (_BK * width + _GROUP_QUERIES * (width + 2) + _BQ * _BK))
+    blocks, memory = _fitting(
+        lambda b: b.BK * width + b.GROUP_QUERIES * (width + 2) + b.BQ * b.BK, max(E, F), local_memory_bytes
+    )
     arguments: tuple[Argument, ...] = (
         *(q, k, v, out, lse, memory, n_head, T, S, E, F, float(scale), int(is_causal)),
         *(*q.strides, *k.strides, *v.strides, *out.strides, *lse.strides),
     )
-    grid = (ceil_div(T, _GROUP_QUERIES), n_batch * n_head)
-    return [Launch(op, "attention", "attention.cl", arguments, grid, (1, 1), (out, lse))]
+    grid = (ceil_div(T, blocks.GROUP_QUERIES), n_batch * n_head)
+    return [Launch(op, "attention", "attention.cl", arguments, grid, (1, 1), (out, lse), asdict(blocks))]
 
 
 def attention_backward(
@@ -63,6 +84,7 @@ def attention_backward(
     *,
     scale: float,
     is_causal: bool,
+    local_memory_bytes: int,
     scratch: Scratch | None = None,
     op: str = "_scaled_dot_product_flash_attention_for_cpu_backward",
 ) -> list[Launch]:
@@ -80,23 +102,37 @@ def attention_backward(
         dv: (B, H, S, F).
         scale: as forward.
         is_causal: as forward.
+        local_memory_bytes: as forward.
         scratch: not needed, as forward.
         op: what the launch is counted as.
 
     Raises:
-        Unsupported: another dtype than float32.
+        Unsupported: another dtype than float32, or heads too wide for the local memory.
     """
     require_dtype(torch.float32, grad, q, k, v, out, lse, dq, dk, dv)
     (n_batch, n_head, T, E), S, F = q.shape, k.shape[2], v.shape[3]
     e, f = _padded(E), _padded(F)
-    memory = LocalMemory(4 * (_BK * (3 * e + 2 * f) + _BQ * (2 * e + f) + 2 * _BQ * _BK))
+    blocks, memory = _fitting(
+        lambda b: b.BK * (3 * e + 2 * f) + b.BQ * (2 * e + f) + 2 * b.BQ * b.BK, max(E, F), local_memory_bytes
+    )
     arguments: tuple[Argument, ...] = (
         *(grad, q, k, v, out, lse, dq, dk, dv, memory, n_head, T, S, E, F, float(scale), int(is_causal)),
         *(*grad.strides, *q.strides, *k.strides, *v.strides, *out.strides, *lse.strides),
         *(*dq.strides, *dk.strides, *dv.strides),
     )
     grid = (n_batch * n_head,)
-    return [Launch(op, "attention_backward", "attention.cl", arguments, grid, (1,), (dq, dk, dv))]
+    return [Launch(op, "attention_backward", "attention.cl", arguments, grid, (1,), (dq, dk, dv), asdict(blocks))]
+
+
+def _fitting(floats: Callable[[_Blocks], int], width: int, local_memory_bytes: int) -> tuple[_Blocks, LocalMemory]:
+    """The best blocks that fit, and their local memory; `floats` says how much some blocks need."""
+    for blocks in _BLOCKS:
+        if 4 * floats(blocks) <= local_memory_bytes:
+            return blocks, LocalMemory(4 * floats(blocks))
+    needed = 4 * floats(_BLOCKS[-1])
+    raise Unsupported(
+        f"attention of {width} wide heads needs {needed} bytes of local memory, the device has {local_memory_bytes}"
+    )
 
 
 def _padded(width: int) -> int:

@@ -104,9 +104,9 @@ class _Step:
             index, levels = 0, [(1, 0, True), *levels]
         before, after = levels[:index], levels[index + 1 :]
         size, stride, _ = levels[index]
-        outer, inner = _two([level[:2] for level in before])
+        outer, inner = _two(before)
         rows = outer[0] * inner[0]
-        columns = _two([level[:2] for level in after])
+        columns = _two(after)
         if columns[0][0] != 1:
             raise Unsupported("kept dimensions that don't collapse to one", remedy="make it contiguous first")
         width, column = columns[1]
@@ -188,8 +188,9 @@ def _chunks(size: int, groups: int, work: int) -> tuple[int, int]:
     return ceil_div(size, chunk), chunk
 
 
-def _two(dims: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two levels of (size, stride), the outer one first."""
+def _two(levels: list[_Level]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two dimensions of (size, stride), outer one first, that visit what all levels do, kept or yet to be reduced."""
+    dims = collapse([size for size, _, _ in levels], [stride for _, stride, _ in levels])
     if len(dims) > 2:
         raise Unsupported(f"{len(dims)} dimensions that don't collapse", remedy="make it contiguous first")
     outer, inner = ([(1, 0), (1, 0), *dims])[-2:]

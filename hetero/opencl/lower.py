@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from hetero.opencl.c_source import require_c_types
 from hetero.opencl.errors import Unsupported, UnsupportedOperationError
 from hetero.opencl.expressions import RULES, expression
 from hetero.opencl.fuse import MAX_OPERATIONS, Misfit, build, is_dense_cover
@@ -65,7 +66,7 @@ class Lowering:
     ) -> None:
         self.values = values
         self.steps: list[Step] = []
-        self._graph, self._target, self._fallback = graph, target, fallback
+        self._graph, self.target, self._fallback = graph, target, fallback
         self._n_user_outputs, self._is_backward = n_user_outputs, is_backward
         self._views: dict[Node, Any] = {}
         self._pointwise: dict[Root, Pointwise] = {}
@@ -136,6 +137,7 @@ class Lowering:
 
     def copy(self, source: View, stored: View, *, op: str, reader: Node | None = None) -> None:
         """Write a view (broadcast) into another place, on behalf of a node; fuses with what computes the source."""
+        require_c_types(source.dtype, stored.dtype)
         if stored.numel:
             out = self._dense(stored)
             self._remember(Pointwise(op, out, "{0}", (source,), (source.dtype,), source.dtype, stored, key=reader))
@@ -143,6 +145,7 @@ class Lowering:
 
     def fill(self, stored: View, value: float | int, *, op: str) -> None:
         """Write one number into a view."""
+        require_c_types(stored.dtype)
         if stored.numel:
             out = self._dense(stored)
             self._remember(Pointwise(op, out, "{0}", (value,), (stored.dtype,), stored.dtype, stored))
@@ -153,6 +156,7 @@ class Lowering:
     ) -> None:
         """Remember an elementwise operation as what a node yields."""
         like = self.values[node]
+        require_c_types(like.dtype, *(operand.dtype for operand in operands if isinstance(operand, View)))
         if like.numel() and not is_dense_cover(like.shape, like.stride(), like.numel()):
             raise Unsupported("an elementwise result with gaps")
         out = self.new(like, str(node))
@@ -174,12 +178,10 @@ class Lowering:
         primary = self._pointwise.get(root)
         if primary is None:
             return
-        is_gpu = self._target.kind == "gpu"
+        is_gpu = self.target.kind == "gpu"
         while True:
             try:
-                launch, stored = build(
-                    primary, self._pointwise, is_gpu=is_gpu, compute_units=self._target.compute_units
-                )
+                launch, stored = build(primary, self._pointwise, is_gpu=is_gpu, compute_units=self.target.compute_units)
                 break
             except Misfit as misfit:
                 self.store(misfit.root)  # never `root` itself: an expression fits its own layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -61,7 +62,10 @@ def _gemm(lowering: Lowering, node: Node, a: Node, b: Node, bias: Node | None, *
     def build(
         left: View, right: View, row: View | None, *, stored: Sequence[View] = (out,), residual: View | None = None
     ) -> list[Launch]:
-        return kernels.gemm(left, right, stored[0], bias=row, residual=residual, scratch=lowering.scratch, op=op)
+        local, scratch = lowering.target.local_memory_bytes, lowering.scratch
+        return kernels.gemm(
+            left, right, stored[0], bias=row, residual=residual, local_memory_bytes=local, scratch=scratch, op=op
+        )
 
     _defer(lowering, node, build, [left, right, row], [out], residual=0)
     lowering.define(node, out)
@@ -108,10 +112,10 @@ def _attention(lowering: Lowering, node: Node) -> None:
     bound = bound_arguments(node)
     _require_plain_attention(bound)
     outputs = _outputs(lowering, node)
-    scale, is_causal = _scale(lowering, bound), bool(bound["is_causal"])
+    settings = _attention_settings(lowering, bound)
 
     def build(*read: Any) -> list[Launch]:
-        return kernels.attention(*read, *outputs, scale=scale, is_causal=is_causal, scratch=lowering.scratch)
+        return kernels.attention(*read, *outputs, **settings)
 
     read = [lowering.read(bound[name]) for name in ("query", "key", "value")]
     lowering.emit(_with_plain_inputs(lowering, build, read))
@@ -123,10 +127,10 @@ def _attention_backward(lowering: Lowering, node: Node) -> None:
     bound = bound_arguments(node)
     _require_plain_attention(bound)
     outputs = list(_outputs(lowering, node))
-    scale, is_causal = _scale(lowering, bound), bool(bound["is_causal"])
+    settings = _attention_settings(lowering, bound)
 
     def build(*read: Any, stored: Sequence[View] = outputs, residual: View | None = None) -> list[Launch]:
-        return kernels.attention_backward(*read, *stored, scale=scale, is_causal=is_causal, scratch=lowering.scratch)
+        return kernels.attention_backward(*read, *stored, **settings)
 
     read = [lowering.read(bound[name]) for name in ("grad_out", "query", "key", "value", "out", "logsumexp")]
     _defer(lowering, node, build, read, outputs, residual=-1)
@@ -138,9 +142,14 @@ def _require_plain_attention(bound: dict[str, Any]) -> None:
         raise Unsupported("attention with a mask or dropout inside")
 
 
-def _scale(lowering: Lowering, bound: dict[str, Any]) -> float:
+def _attention_settings(lowering: Lowering, bound: dict[str, Any]) -> dict[str, Any]:
     width = lowering.value(bound["query"]).shape[-1]
-    return float(width**-0.5 if bound["scale"] is None else bound["scale"])
+    return {
+        "scale": float(width**-0.5 if bound["scale"] is None else bound["scale"]),
+        "is_causal": bool(bound["is_causal"]),
+        "local_memory_bytes": lowering.target.local_memory_bytes,
+        "scratch": lowering.scratch,
+    }
 
 
 # --- softmax, losses, embedding ---------------------------------------------------------------------------------------
@@ -249,7 +258,8 @@ def _reduction(lowering: Lowering, node: Node) -> None:
     bound, kind = bound_arguments(node), _KINDS[node.target]
     _require_float32(lowering, node)
     x = lowering.peek(_node(bound["self"]))
-    dims = sorted({d % max(len(x.shape), 1) for d in bound.get("dim") or range(len(x.shape))})
+    rank = len(x.shape)
+    dims = sorted({d % rank for d in bound.get("dim") or range(rank)}) if rank else []
     out = lowering.new(lowering.value(node), str(node))
     lowering.define(node, out)
     if x.numel == 0:
@@ -286,21 +296,22 @@ def _cat(lowering: Lowering, node: Node) -> None:
     bound = bound_arguments(node)
     out = lowering.new(lowering.value(node), str(node))
     dim, at = bound["dim"] % len(out.shape), 0
+    parts = [(part, lowering.peek(part)) for part in bound["tensors"]]
+    parts = [(part, source) for part, source in parts if source.numel]
+    if any(source.dtype != out.dtype for _, source in parts):
+        raise Unsupported("cat of several types")
+    uses = Counter(source.root for _, source in parts)
     copies: list[tuple[View, View]] = []
-    for part in bound["tensors"]:
-        source = lowering.peek(part)
-        if source.numel == 0:
-            continue
-        shape = tuple(source.shape)
-        place = View(out.root, out.offset + at * out.strides[dim], shape, out.strides, out.dtype)
-        at += shape[dim]
-        if source.dtype != out.dtype:
-            raise Unsupported("cat of several types")
+    for part, source in parts:
+        place = View(out.root, out.offset + at * out.strides[dim], source.shape, out.strides, out.dtype)
+        at += source.shape[dim]
         deferred = lowering.deferred(source.root)
-        if deferred is None or lowering.readers_of(part) != {node} or not _redirect(deferred, source, place):
+        # A kernel that writes into the output writes nowhere else: not if another part is read from there.
+        is_alone = uses[source.root] == 1 and lowering.readers_of(part) == {node}
+        if deferred is None or not is_alone or not _redirect(deferred, source, place):
             copies.append((source, place))
-    for part in bound["tensors"]:
-        if lowering.deferred(lowering.peek(part).root) is not None:
+    for part, source in parts:
+        if lowering.deferred(source.root) is not None:
             lowering.read(part)
     for source, place in copies:
         lowering.copy(source, place, op="cat", reader=node)

@@ -1,7 +1,8 @@
 """Where the roots of a plan lie: first and last use of each, and offsets in the arena (scratch) and the slab (saved).
 
 Scratch roots live within one call: two of them share memory when no launch needs both. Saved roots live until the
-backward pass, so they share nothing. Inputs, constants and outputs have memory of their own and get no offset.
+backward pass, so they share nothing. Inputs, constants and outputs have memory of their own and get no offset. Where a
+call's data is copied to the device and back, all but constants lie in the arena, as scratch does (copied.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class MemoryPlan:
 
     Attributes:
         arena_bytes: shared by all calls on the device's queue, one after the other.
-        slab_bytes: of each call in flight.
-        output_bytes: allocated at each call and handed to the caller.
+        slab_bytes: of each call in flight, on the host.
+        output_bytes: of the outputs of one call, on the host; kept for later calls as often as callers held it at the
+            same time.
     """
 
     arena_bytes: int
@@ -52,21 +54,24 @@ def lifetimes(uses: Sequence[Iterable[Root]]) -> dict[Root, tuple[int, int]]:
     return spans
 
 
-def assign(spans: Mapping[Root, tuple[int, int]], *, alignment: int) -> MemoryPlan:
-    """Set the offset of every scratch and saved root.
+def assign(
+    spans: Mapping[Root, tuple[int, int]], *, alignment: int, in_arena: Sequence[str] = ("scratch",)
+) -> MemoryPlan:
+    """Set the offset of every root in the arena or the slab.
 
     Largest first, each at the lowest offset where it overlaps no root that is alive at the same time.
 
     Args:
         spans: see `lifetimes`.
         alignment: what every offset is a multiple of [B].
+        in_arena: kinds of roots that lie in the arena; saved ones that don't lie in the slab.
 
     Source: "greedy by size for offset calculation" of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural
     Net Inference", arXiv:2001.03288, algorithm 3.
     """
     placed: list[tuple[int, int, Root]] = []  # offset, end, root; sorted by offset
     arena = 0
-    for root in sorted((r for r in spans if r.kind == "scratch"), key=lambda r: -r.nbytes):
+    for root in sorted((r for r in spans if r.kind in in_arena), key=lambda r: -r.nbytes):
         size, (first, last) = _aligned(root.nbytes, alignment), spans[root]
         offset = 0
         for start, end, other in placed:
@@ -83,7 +88,8 @@ def assign(spans: Mapping[Root, tuple[int, int]], *, alignment: int) -> MemoryPl
     slab = 0
     for root in spans:
         if root.kind == "saved":
-            root.offset = slab
+            if root.kind not in in_arena:
+                root.offset = slab
             slab += _aligned(root.nbytes, alignment)
     return MemoryPlan(arena, slab, sum(root.nbytes for root in spans if root.kind == "output"))
 

@@ -58,6 +58,7 @@ class Device:
             runs on all cores.
         lock: whoever binds, enqueues and waits holds it meanwhile.
         counts: launches enqueued so far, by op.
+        bytes_moved: bytes copied so far, by direction: h2d, d2h.
     """
 
     def __init__(self, description: DeviceDescription, handle: Any) -> None:
@@ -69,6 +70,7 @@ class Device:
         self.queue: Any = cl.CommandQueue(self.context, device=handle)
         self.lock = threading.RLock()
         self.counts: Counter[str] = Counter()
+        self.bytes_moved: Counter[str] = Counter()
         self._handle = handle
         self._programs: dict[tuple[object, ...], Any] = {}
         self._buffers: dict[tuple[int, int], Any] = {}
@@ -91,7 +93,7 @@ class Device:
         if len(self._buffers) >= _MAX_CACHED_BUFFERS:
             self._buffers.clear()
         flags = opencl().mem_flags
-        memory = (ctypes.c_char * nbytes).from_address(pointer)
+        memory = _host_memory(pointer, nbytes)
         with self._errors(f"a buffer over {nbytes} bytes of the host"):
             buffer = opencl().Buffer(self.context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=memory)
         self._buffers[pointer, nbytes] = buffer
@@ -120,12 +122,14 @@ class Device:
     def upload(self, buffer: Any, tensor: torch.Tensor) -> None:
         """Copy a contiguous host tensor to the device (h2d); done when it returns."""
         with self._errors("a copy to the device"):
-            opencl().enqueue_copy(self.queue, buffer, tensor.detach().numpy(), is_blocking=True)
+            opencl().enqueue_copy(self.queue, buffer, _host_memory(tensor.data_ptr(), tensor.nbytes), is_blocking=True)
+        self.bytes_moved["h2d"] += tensor.nbytes
 
     def download(self, tensor: torch.Tensor, buffer: Any) -> None:
         """Copy a buffer into a contiguous host tensor (d2h); done when it returns."""
         with self._errors("a copy from the device"):
-            opencl().enqueue_copy(self.queue, tensor.detach().numpy(), buffer, is_blocking=True)
+            opencl().enqueue_copy(self.queue, _host_memory(tensor.data_ptr(), tensor.nbytes), buffer, is_blocking=True)
+        self.bytes_moved["d2h"] += tensor.nbytes
 
     def program(self, source: str, defines: Mapping[str, int | float | str], *, is_generated: bool = False) -> Any:
         """The built program of a source; built at most once a process and device.
@@ -178,6 +182,11 @@ class Device:
             found=f"{c.memory_bytes} bytes of memory, at most {c.max_allocation_bytes} in one piece",
             remedy="smaller micro-batches, or a placement with less on this device",
         )
+
+
+def _host_memory(pointer: int, nbytes: int) -> Any:
+    """Memory of the host as pyopencl takes it. Unlike `Tensor.numpy` it leaves a tensor's storage resizable."""
+    return (ctypes.c_char * nbytes).from_address(pointer)
 
 
 class PreparedLaunches:

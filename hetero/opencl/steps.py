@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hetero.opencl.ir import Launch, View
+from hetero.opencl.ir import Launch, Root, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.fx import Node
+
+    from hetero.opencl.program import Device, PreparedLaunches
 
 aten = torch.ops.aten
 
@@ -43,7 +46,7 @@ VIEW_OPS = frozenset(
 
 
 class Target(Protocol):
-    """What generated code depends on of a device: `program.Capabilities`."""
+    """What generated code and the choice of kernels depend on of a device: `program.Capabilities`."""
 
     @property
     def kind(self) -> str:
@@ -52,6 +55,10 @@ class Target(Protocol):
     @property
     def compute_units(self) -> int:
         """How many work-groups run at the same time."""
+
+    @property
+    def local_memory_bytes(self) -> int:
+        """Local memory of a work-group [B]."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,23 @@ class Lowered:
     inputs: tuple[View | None, ...]
     outputs: tuple[View | float | int | None, ...]
     is_input: tuple[int, ...]
+
+
+def roots_of(step: Step) -> list[Root]:
+    """What a step reads or writes."""
+    views = (*step.inputs, *step.outputs) if isinstance(step, HostStep) else step.arguments
+    return [view.root for view in views if isinstance(view, View)]
+
+
+def segments(device: Device, lowered: Lowered) -> list[PreparedLaunches | HostStep]:
+    """Runs of launches, prepared, with the host's steps between them."""
+    found: list[PreparedLaunches | HostStep] = []
+    for is_launch, steps in itertools.groupby(lowered.steps, key=lambda step: isinstance(step, Launch)):
+        if is_launch:
+            found.append(device.prepare([step for step in steps if isinstance(step, Launch)]))
+        else:
+            found.extend(step for step in steps if isinstance(step, HostStep))
+    return found
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:

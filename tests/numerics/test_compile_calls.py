@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hetero.opencl import compile_module, memory_plans
+from hetero.opencl import compile_module, graph, memory_plans
+from hetero.opencl.frame import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEVICE = "opencl:0"
 
@@ -233,14 +238,85 @@ def test_gradients_that_share_a_value_are_accumulated_apart() -> None:
     assert torch.equal(module.b.grad, torch.full((2, 2), 3.0))  # type: ignore[arg-type]
 
 
-def test_memory_is_known_before_the_first_launch_and_does_not_grow() -> None:
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """All plans made from here on; `memory_plans` tells their sizes only."""
+    made: list[Plan] = []
+
+    def plan(*arguments: object, **options: object) -> Plan:
+        made.append(Plan(*arguments, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr(graph, "Plan", plan)
+    return made
+
+
+def test_memory_is_known_before_the_first_launch_and_does_not_grow_with_the_number_of_inputs(plans: list[Plan]) -> None:
     block, _ = pair()
     compiled = compile_module(block, DEVICE)
-    x = torch.randn(7, 3, 16)
-    compiled(x).sum().backward()
-    plans = memory_plans(DEVICE)
-    assert plans[-2].slab_bytes >= 7 * 3 * 32 * 4  # the hidden activation is saved
-    assert plans[-1].memory_bytes > 0
-    for _ in range(5):
+    inputs = [torch.randn(11, 3, 16) for _ in range(24)]
+    for x in inputs:
         compiled(x).sum().backward()
-    assert len(memory_plans(DEVICE)) == len(plans)
+        block.zero_grad()
+    assert [plan.memory for plan in plans] == memory_plans(DEVICE)[-2:]
+    assert sorted(plan.memory.slab_bytes > 0 for plan in plans) == [False, True]  # backward, forward
+    for plan in plans:
+        assert 0 < sum(pool.nbytes for pool in plan.pools.values()) <= plan.memory.output_bytes
+
+
+def test_memory_of_outputs_that_were_held_is_bounded(plans: list[Plan]) -> None:
+    block, _ = pair()
+    compiled = compile_module(block, DEVICE)
+    x = torch.randn(13, 3, 16)
+    with torch.no_grad():
+        held = [compiled(x) for _ in range(40)]
+        assert all(torch.equal(y, held[0]) for y in held)
+        del held
+        compiled(x)
+    (plan,) = plans
+    assert sum(pool.nbytes for pool in plan.pools.values()) <= 16 * plan.memory.output_bytes
+
+
+def share(y: Tensor) -> None:
+    y.share_memory_()
+
+
+def enlarge(y: Tensor) -> None:
+    y.resize_(100_000)
+
+
+def shrink(y: Tensor) -> None:
+    y.untyped_storage().resize_(4)
+
+
+@pytest.mark.parametrize("move", [share, enlarge, shrink])
+def test_an_output_whose_memory_was_moved_is_not_used_again(move: Callable[[Tensor], None]) -> None:
+    function = torch.compile(lambda x: x * 2, backend="opencl", options={"device": DEVICE})
+    x = torch.randn(8, 16)
+    for _ in range(2):
+        y = function(x)
+        move(y)
+        del y
+        x.add_(1)  # in place: the call finds the frame and the output of the last one
+        y = function(x)
+        assert torch.equal(y, x * 2)
+
+
+def test_a_slab_whose_memory_was_moved_is_not_used_again() -> None:
+    block, reference = pair()
+    compiled = compile_module(block, DEVICE)
+    for _ in range(3):
+        x = torch.randn(3, 5, 16)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.share_memory_(), lambda t: t):
+            y = compiled(x)
+        compiled(x + 1)
+        y.square().sum().backward()
+        reference(x).square().sum().backward()
+    assert_same_gradients(block, reference)
+
+
+def test_an_output_may_show_its_memory_twice() -> None:
+    function = torch.compile(lambda x: (x * 2)[:2].expand(2, 2), backend="opencl", options={"device": DEVICE})
+    x = torch.randn(4)
+    assert torch.equal(function(x), (x * 2)[:2].expand(2, 2))
+    assert function(x).untyped_storage().nbytes() == 16

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hetero.errors import HeteroError
-from hetero.opencl import compile_module, fallbacks
-from hetero.opencl.errors import UnsupportedOperationError
+from hetero.opencl import backend, compile_module, fallbacks
+from hetero.opencl.errors import CompileError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEVICE = "opencl:0"
 
@@ -68,23 +73,82 @@ def test_with_the_option_it_runs_on_the_host_and_is_listed(caplog: pytest.LogCap
     assert ("cumsum", "sorter") in listed
 
 
-def test_a_graph_break_is_an_error() -> None:
-    def function(x: Tensor) -> Tensor:
+@torch._dynamo.disable
+def disabled(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def break_in_the_middle(x: Tensor) -> Tensor:
+    y = x * 2
+    torch._dynamo.graph_break()
+    return y + 1
+
+
+def break_before_the_first_operation(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def break_in_a_loop(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = x * 2
+        torch._dynamo.graph_break()
+    return x
+
+
+def break_in_a_context(x: Tensor) -> Tensor:
+    with torch.no_grad():
         y = x * 2
         torch._dynamo.graph_break()
         return y + 1
 
-    with pytest.raises(Exception, match="broke the graph"):
-        call(compile_(function), torch.randn(3))
 
-
-def test_a_graph_break_before_the_first_operation_is_an_error() -> None:
-    def function(x: Tensor) -> Tensor:
+def break_in_a_try(x: Tensor) -> Tensor:
+    try:
+        y = x * 2
         torch._dynamo.graph_break()
-        return x + 1
+    except ValueError:
+        y = x
+    return y + 1
 
-    with pytest.raises(Exception, match="broke the graph"):
-        call(compile_(function), torch.randn(3))
+
+def branch_on_data_in_a_loop(x: Tensor) -> Tensor:
+    for _ in range(2):
+        if x.sum() > 0:
+            x = x * 2
+    return x
+
+
+def call_what_is_disabled_in_a_loop(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = disabled(x)
+    return x
+
+
+BREAKS = [
+    break_in_the_middle, break_before_the_first_operation, break_in_a_loop, break_in_a_context, break_in_a_try,
+    branch_on_data_in_a_loop, call_what_is_disabled_in_a_loop,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", BREAKS)
+def test_a_graph_break_is_an_error_that_names_the_place(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CompileError, match="broke the graph") as caught:
+        call(compile_(function), torch.ones(3))
+    assert f"in {function.__name__}" in str(caught.value)
+
+
+@pytest.mark.parametrize("function", BREAKS)
+def test_other_backends_may_break_graphs_as_ever(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CompileError):
+        call(compile_(function), torch.ones(3))
+    assert torch.equal(call(torch.compile(function, backend="eager"), torch.ones(3)), function(torch.ones(3)))
+
+
+def test_a_torch_that_converts_functions_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._dynamo.convert_frame, "ConvertFrame")
+    with pytest.raises(CompileError, match="graph breaks can't be made errors"):
+        backend._forbid_graph_breaks()
 
 
 def test_too_many_recompilations_are_an_error() -> None:
@@ -107,7 +171,7 @@ def test_dynamic_shapes_get_a_plan_for_each_geometry() -> None:
         torch.testing.assert_close(ours, torch.autograd.grad(torch.tanh(x @ x.t()).sum(), x)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"devise": "opencl:0"}, {"fallback": "gpu"}, {"device": 0}])
+@pytest.mark.parametrize("options", [{"devise": "opencl:0"}, {"fallback": "gpu"}, {"device": 0}, {"memory": "host"}])
 def test_unknown_options_are_an_error(options: dict[str, object]) -> None:
     with pytest.raises(Exception, match="options of the opencl backend"):
         call(compile_(lambda x: x + 1, **options), torch.randn(3))

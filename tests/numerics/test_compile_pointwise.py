@@ -156,10 +156,76 @@ def test_types_are_promoted_as_by_eager(a: torch.dtype) -> None:
         torch.testing.assert_close(got, expected, rtol=RELATIVE, atol=RELATIVE)  # dtypes as well
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_bounds_are_promoted_with_what_they_clamp(dtype: torch.dtype) -> None:
+    x = torch.arange(-3, 4).to(dtype)
+    check(lambda x: torch.clamp(x, min=0.5), x)
+    check(lambda x: torch.clamp(x, max=0.5), x)
+    check(lambda x: torch.clamp(x, -1, 1.5), x)
+    check(lambda x: torch.clamp(x, -1, 2), x)
+    check(lambda x: torch.ops.aten.clamp_min(x, 0.5), x)
+    check(lambda x: torch.ops.aten.clamp_max(x, 0.5), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_remainders_and_floor_divisions_are_exactly_those_of_eager(dtype: torch.dtype) -> None:
+    numbers = [0.0, -0.0, 1.0, -1.0, 0.1, -0.1, 5.0, -7.5, 1e8, -1e8, math.inf, -math.inf, math.nan, 1e-30, 0.3]
+    x = torch.tensor(numbers, dtype=dtype)
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        a, b = x[:, None], x[None, :]
+        by_numbers = [f for n in (0.1, -0.3, math.inf) for f in (x % n, torch.div(x, n, rounding_mode="floor"))]
+        return [a % b, torch.div(a, b, rounding_mode="floor"), a // b, *by_numbers]
+
+    for got, expected in zip(compiled(function)(x), function(x), strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [torch.floor, torch.ceil, torch.round, torch.trunc])
+def test_integers_are_rounded_already(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    check(lambda x: function(x) + 1, torch.tensor([2**62 + 1, -5, 0]))
+    check(function, torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.7]))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.half() + 1, lambda x: x.bfloat16() @ x.bfloat16().t(), lambda x: torch.cat([x.half(), x.half()]),
+    lambda x: functional.pad(x.half(), (1, 1)), lambda x: torch.zeros(3, dtype=torch.float16) + x[0, :3].half(),
+    lambda x: x.half().sum(0), lambda x: (x.half() * 2)[1:, ::2].float(),
+])  # fmt: skip
+def test_what_kernels_have_no_type_for_is_an_error_or_falls_back(function: Callable[[torch.Tensor], object]) -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(Exception, match=r"can't run on OpenCL(.|\n)*float16"):
+        compiled(function)(x)
+    torch._dynamo.reset()
+    got = torch.compile(function, backend="opencl", options={"device": DEVICE, "fallback": "cpu"})(x)
+    torch.testing.assert_close(got, function(x))
+
+
+def test_autocast_falls_back() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    function = torch.compile(lambda x: x @ x.t(), backend="opencl", options={"device": DEVICE, "fallback": "cpu"})
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = function(x), x @ x.t()
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(y.float().sum(), x)[0] for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_integers_wrap_as_by_eager() -> None:
     x = torch.tensor([2**63 - 1, -(2**63), 12345678901234567])
     check(lambda x: (x * 6364136223846793005 + 1442695040888963407) >> 33, x)
     check(lambda x: (-x) ^ (x << 7), x)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_float64_is_computed_in_float64(approximate: str) -> None:
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+    exact = functional.gelu(x, approximate=approximate)
+    got = compiled(lambda x: functional.gelu(x, approximate=approximate))(x)
+    assert isinstance(got, torch.Tensor)
+    torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-14)
+    ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (got, exact))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_a_chain_is_one_launch() -> None:
@@ -216,6 +282,34 @@ def test_data_movement_agrees_with_eager() -> None:
     check(lambda x: x.view(2, 2, 6, 5).transpose(1, 2).reshape(12, 10).t() * x.reshape(12, 10).t(), x)
 
 
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda h: torch.cat([h, h], -1), lambda h: torch.cat([h, h[:, :4]], -1), lambda h: torch.stack([h, h]),
+        lambda h: torch.cat([h[:, :16], h[:, 16:]]), lambda h: torch.cat([h, h[:0]]),
+    ],
+)  # fmt: skip
+def test_a_matrix_product_may_be_several_parts_of_a_concatenation(join: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    check(lambda x, w: join(x @ w), torch.randn(8, 16), torch.randn(16, 32), rtol=1e-5)
+
+
+def test_a_concatenation_of_several_types_falls_back_whole() -> None:
+    x, w, i = torch.randn(8, 16), torch.randn(16, 32), torch.ones(8, 3, dtype=torch.int64)
+
+    def function(x: torch.Tensor, w: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x @ w, i], -1)
+
+    torch._dynamo.reset()
+    got = torch.compile(function, backend="opencl", options={"device": DEVICE, "fallback": "cpu"})(x, w, i)
+    torch.testing.assert_close(got, function(x, w, i), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_sum_over_rows_agrees_with_eager() -> None:
+    x, w, seed = torch.randn(8, 16), torch.randn(16, 32, requires_grad=True), torch.randn(32)
+    ours = torch.autograd.grad(compiled(lambda x, w: (x @ w).sum(0))(x, w), w, seed)[0]  # type: ignore[call-overload]
+    torch.testing.assert_close(ours, torch.autograd.grad((x @ w).sum(0), w, seed)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sum", "mean", "amax"])
 def test_reductions_agree_with_eager(kind: str) -> None:
     reduce = getattr(torch, kind)
@@ -230,6 +324,16 @@ def test_reductions_agree_with_eager(kind: str) -> None:
     x = torch.randn(5, 3, 7)
     for got, expected in zip(compiled(function)(x), function(x), strict=True):  # type: ignore[call-overload]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(1, 3), (0, 2), (0, 2, 3), (0,), (1, 2)])
+def test_every_second_dimension_may_be_reduced(dims: tuple[int, ...]) -> None:
+    check(lambda x: x.sum(dims), torch.randn(2, 3, 4, 5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "amax"])
+def test_a_scalar_may_be_reduced(kind: str) -> None:
+    check(lambda x: getattr(torch, kind)(x, dim=-1) * 2, torch.tensor(3.0))
 
 
 def test_gradients_of_slices_and_broadcasts_agree_with_eager() -> None:

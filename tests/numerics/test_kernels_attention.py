@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero.opencl import kernels
-from tests.kernel_harness import EPS, LAYOUTS, Bench, check, empty, layout
+from hetero.opencl.errors import Unsupported
+from tests.kernel_harness import EPS, LAYOUTS, OUTPUT_LAYOUTS, Bench, check, empty, layout
 
 LENGTHS = [1, 2, 13, 31, 32, 33, 64, 65, 129, 150]
 WIDTHS = [1, 3, 8, 16, 17, 64, 70]
@@ -18,11 +19,15 @@ def _random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _ours(bench, q, k, v, grad, *, scale, is_causal, kind="plain"):
+def _local(bench):
+    return bench.device.capabilities.local_memory_bytes
+
+
+def _ours(bench, q, k, v, grad, *, scale, is_causal, kind="plain", local=0):
     """(out, lse, dq, dk, dv)."""
     out, lse = empty(*q.shape[:3], v.shape[3], kind=kind), empty(*q.shape[:3])
     gradients = [empty(*t.shape, kind=kind) for t in (q, k, v)]
-    options = {"scale": scale, "is_causal": is_causal, "scratch": bench.scratch}
+    options = {"scale": scale, "is_causal": is_causal, "local_memory_bytes": local or _local(bench)}
     views = [bench.view(t) for t in (q, k, v, out, lse)]
     bench.run(kernels.attention(*views, **options))
     bench.run(kernels.attention_backward(bench.view(grad), *views, *map(bench.view, gradients), **options))
@@ -56,7 +61,7 @@ def _tolerances(q, k, v, grad, scale):
         st.sampled_from(LENGTHS), st.sampled_from(LENGTHS), st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)
     ),
     heads=st.sampled_from([(1, 1), (2, 3)]),
-    kinds=st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
+    kinds=st.tuples(*map(st.sampled_from, (LAYOUTS, LAYOUTS, LAYOUTS, LAYOUTS, OUTPUT_LAYOUTS))),
     is_causal=st.booleans(),
 )
 def test_attention_and_its_gradients_equal_float64(lanes, sizes, heads, kinds, is_causal):
@@ -65,7 +70,7 @@ def test_attention_and_its_gradients_equal_float64(lanes, sizes, heads, kinds, i
     k, v = layout(_random(*heads, S, E, seed=1), kinds[1]), layout(_random(*heads, S, F, seed=2), kinds[2])
     grad = layout(_random(*heads, T, F, seed=3), kinds[3])
     options = {"scale": E**-0.5, "is_causal": is_causal}
-    actual = _ours(Bench(lanes=lanes), q, k, v, grad, kind=kinds[0], **options)
+    actual = _ours(Bench(lanes=lanes), q, k, v, grad, kind=kinds[4], **options)
     expected = _reference(q, k, v, grad, **options)
     for a, e, tolerance in zip(actual, expected, _tolerances(q, k, v, grad, E**-0.5), strict=True):
         check(a, e, tolerance)
@@ -78,13 +83,37 @@ def test_gradients_may_be_slices_of_one_as_a_fused_projection_needs():
     q, k, v = (t.view(B, T, H, E).transpose(1, 2) for t in qkv.split(H * E, -1))
     gradients = [t.view(B, T, H, E).transpose(1, 2) for t in dqkv.split(H * E, -1)]
     grad, out, lse = _random(B, H, T, E, seed=1), empty(B, H, T, E), empty(B, H, T)
-    options = {"scale": 0.25, "is_causal": True, "scratch": bench.scratch}
+    options = {"scale": 0.25, "is_causal": True, "local_memory_bytes": _local(bench)}
     views = [bench.view(t) for t in (q, k, v, out, lse)]
     bench.run(kernels.attention(*views, **options))
     bench.run(kernels.attention_backward(bench.view(grad), *views, *map(bench.view, gradients), **options))
     expected = _reference(q, k, v, grad, scale=0.25, is_causal=True)
     for a, e, tolerance in zip(gradients, expected[2:], _tolerances(q, k, v, grad, 0.25)[2:], strict=True):
         check(a, e, tolerance)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize(("width", "local"), [(512, 0), (17, 56_000), (17, 24_000), (17, 15_000)])
+def test_blocks_fit_the_local_memory(width, local, lanes, is_causal):
+    q, k, v, grad = (_random(1, 2, 70, width, seed=s) for s in range(4))
+    options = {"scale": width**-0.5, "is_causal": is_causal}
+    actual = _ours(Bench(lanes=lanes), q, k, v, grad, local=local, **options)
+    expected = _reference(q, k, v, grad, **options)
+    for a, e, tolerance in zip(actual, expected, _tolerances(q, k, v, grad, width**-0.5), strict=True):
+        check(a, e, tolerance)
+
+
+def test_heads_too_wide_for_the_local_memory_are_refused_with_both_sizes():
+    bench = Bench()
+    q = _random(1, 1, 8, 64)
+    out, lse = empty(1, 1, 8, 64), empty(1, 1, 8)
+    views, options = [bench.view(t) for t in (q, q, q, out, lse)], {"scale": 1.0, "is_causal": True}
+    with pytest.raises(Unsupported, match=r"64 wide heads needs \d+ bytes of local memory, the device has 9000"):
+        kernels.attention(*views, local_memory_bytes=9000, **options)
+    gradients = [bench.view(empty(1, 1, 8, 64)) for _ in range(3)]
+    with pytest.raises(Unsupported, match=r"64 wide heads needs \d+ bytes of local memory, the device has 9000"):
+        kernels.attention_backward(views[0], *views, *gradients, local_memory_bytes=9000, **options)
 
 
 def test_large_scores_do_not_overflow():

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from hetero.opencl import kernels
 from hetero.opencl.errors import Unsupported
-from tests.kernel_harness import EPS, LAYOUTS, Bench, check, dot_tolerance, empty, layout
+from tests.kernel_harness import EPS, LAYOUTS, OUTPUT_LAYOUTS, Bench, check, dot_tolerance, empty, layout
 
 SIZES = [1, 2, 6, 7, 14, 15, 16, 17, 31, 32, 33, 37, 64, 84, 85, 101, 128, 129]
 
 
-def _run(bench, a, b, out, *, bias=None, residual=None):
+def _run(bench, a, b, out, *, bias=None, residual=None, local=0):
+    local = local or bench.device.capabilities.local_memory_bytes
     views = {"bias": bench.view(bias) if bias is not None else None}
     views["residual"] = bench.view(residual) if residual is not None else None
-    bench.run(kernels.gemm(bench.view(a), bench.view(b), bench.view(out), scratch=bench.scratch, **views))
+    options = {"local_memory_bytes": local, "scratch": bench.scratch}
+    bench.run(kernels.gemm(bench.view(a), bench.view(b), bench.view(out), **options, **views))
 
 
 def _random(*shape, seed=0):
@@ -30,7 +32,7 @@ def _random(*shape, seed=0):
     M=st.sampled_from(SIZES),
     N=st.sampled_from(SIZES),
     K=st.sampled_from([*SIZES, 383, 384, 385, 800]),
-    kinds=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    kinds=st.tuples(*map(st.sampled_from, (LAYOUTS, LAYOUTS, OUTPUT_LAYOUTS))),
     has_bias=st.booleans(),
     has_residual=st.booleans(),
 )
@@ -45,6 +47,28 @@ def test_product_of_any_shape_and_layout_equals_float64(lanes, M, N, K, kinds, h
     size = (0 if bias is None else bias.abs()) + (0 if residual is None else residual.abs())
     tolerance = dot_tolerance(a, b) + (K + 3) * EPS * size
     check(out, a.double() @ b.double() + added, tolerance)
+
+
+@pytest.mark.parametrize("N", [32, 33])
+def test_b_may_be_one_row_repeated_as_the_gradient_of_a_sum_is(N):
+    a, b, out = _random(8, 16), layout(_random(16, N, seed=1), "expanded"), empty(8, N)
+    _run(Bench(), a, b, out)
+    check(out, a.double() @ b.double(), dot_tolerance(a, b))
+
+
+@pytest.mark.parametrize("local", [48 << 10, 8 << 10])
+@pytest.mark.parametrize("kinds", [("plain", "transposed"), ("transposed", "plain")])
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_blocks_fit_the_local_memory(local, kinds, lanes):
+    a, b, out = layout(_random(85, 300), kinds[0]), layout(_random(300, 40, seed=1), kinds[1]), empty(85, 40)
+    _run(Bench(lanes=lanes), a, b, out, local=local)
+    check(out, a.double() @ b.double(), dot_tolerance(a, b))
+
+
+def test_too_little_local_memory_is_refused_with_both_sizes():
+    x = torch.zeros(2, 2)
+    with pytest.raises(Unsupported, match=r"5376 bytes of local memory, the device has 4000"):
+        _run(Bench(), x, x, empty(2, 2), local=4000)
 
 
 def test_output_in_a_slice_leaves_its_neighbours_alone():

@@ -13,7 +13,19 @@ from hetero.opencl import kernels
 from hetero.opencl.errors import Unsupported
 from tests.kernel_harness import Bench, check, empty, layout, sum_tolerance
 
-SHAPES = [(1,), (17,), (70000,), (3, 5), (64, 65), (1000, 33), (2, 3, 4), (5, 64, 70), (3, 1, 5, 2), (40, 300, 3)]
+SHAPES = [
+    (1,),
+    (17,),
+    (70000,),
+    (3, 5),
+    (64, 65),
+    (1000, 33),
+    (2, 3, 4),
+    (5, 64, 70),
+    (3, 1, 5, 2),
+    (2, 3, 4, 5),
+    (40, 300, 3),
+]
 
 
 def _random(*shape, seed=0):

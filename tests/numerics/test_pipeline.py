@@ -389,9 +389,9 @@ def test_a_placed_model_decodes_on_its_devices():
 
 def test_a_model_that_can_not_decode_says_which_layer(topology):
     model = Chained(Noting(), Noting())
-    with place_stages(model, [("cpu", 0, 1)], topology, loss=squared) as placed:
-        with pytest.raises(StageError, match="layer 'unit0' can't decode"):
-            placed.new_cache(1)
+    placed = place_stages(model, [("cpu", 0, 1)], topology, loss=squared)
+    with placed, pytest.raises(StageError, match="layer 'unit0' can't decode"):
+        placed.new_cache(1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; needs an NVIDIA GPU and torch with CUDA")

@@ -11,16 +11,19 @@
 //
 // Work-group: one work-item. attention: (ceil(T / GROUP_QUERIES), B * H) groups; the sum over keys is rescaled whenever the
 // maximum grows. attention_backward: (B * H) groups; dq is accumulated in its place, block of keys after block of keys.
-// Build constants: LANES (common.cl). Blocks: BQ queries x BK keys in local memory; rows there are padded to E4 and F4,
-// multiples of 16, with zeros. Python gives the size of local memory: attention: BK (E4 + F4) + GROUP_QUERIES (E4 + F4 + 2)
+// Build constants: LANES (common.cl); BQ, BK, GROUP_QUERIES: multiples of TILE, of LANES and of BQ. Blocks: BQ queries x BK
+// keys in local memory; rows there are padded to E4 and F4, multiples of 16, with zeros. Python chooses blocks that fit the
+// device's local memory and gives the size: attention: BK (E4 + F4) + GROUP_QUERIES (E4 + F4 + 2)
 // + BQ BK floats; attention_backward: 2 BK (E4 + F4) + BK (E4 + F4) + BQ (E4 + F4) + 2 BQ BK + BQ E4.
 // Tolerance: eps (E + S) of the largest |value|; tests/kernel_harness.py.
 // A row whose scores are all -inf gives NaN, as torch.
 // Source: Dao, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2 (here a block's work is a plain matrix product).
 
+#ifndef BQ
 #define BQ 32
 #define BK 64
 #define GROUP_QUERIES 128
+#endif
 #if LANES == 16
 #define TILE 8
 #else

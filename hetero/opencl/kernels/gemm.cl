@@ -3,17 +3,17 @@
 //   a (B, M, K), b (B, K, N), out (B, M, N), residual (B, M, N): strides in elements, any (x_batch, x_row, x_col).
 //   bias (N): stride bias_col.
 //   gemm reads b in panels of NR columns side by side, rows b_row apart. Either b is such a thing as it stands: b_col = 1
-//   and N a multiple of COLUMN_UNIT; then column j begins at j, and b_row is its row stride. Or it is packed first:
+//   and N a multiple of COLUMN_UNIT; then column j begins at j, and b_row, not 0, is its row stride. Or it is packed first:
 //   gemm_pack_b writes, a group, COLUMN_UNIT columns as COLUMN_UNIT / NR panels of (K, NR), zeros after column N; then
 //   column j begins at j * K, and b_row = 0 stands for NR.
 //
 // Work-group: one work-item. gemm: (ceil(M / block_rows), ceil(N / block_cols), B) groups, each one block of out;
 // block_rows <= MAX_BLOCK_ROWS, block_cols a multiple of COLUMN_UNIT. gemm_pack_b: (ceil(N / COLUMN_UNIT), B) groups.
-// Build constants: LANES (common.cl). The register tile follows: MR x NR = 6 x 16 (12 of 16 registers of 8 lanes are
+// Build constants: LANES (common.cl); KC, 384 or what local memory allows. The register tile follows: MR x NR = 6 x 16 (12 of 16 registers of 8 lanes are
 // accumulators) or 14 x 32 (28 of 32 registers of 16 lanes). A block of a, at most MAX_BLOCK_ROWS x KC, is copied to
 // local memory: it stays in the second-level cache while the group goes through its columns.
 // Residual and bias are added with the first KC products, later ones accumulate in out: residual may be out itself.
-// Order of a sum: k ascending in chunks of KC. It depends on K alone, neither on blocks nor on cores.
+// Order of a sum: k ascending in chunks of KC. It depends on K and KC alone, neither on blocks nor on cores.
 // Tolerance: |error| <= K eps (|a| @ |b|), tests/kernel_harness.py.
 // Source: Van Zee, van de Geijn, "BLIS: a framework for rapidly instantiating BLAS functionality", ACM TOMS 41(3) 2015.
 
@@ -23,7 +23,9 @@
 #define MR 6
 #endif
 #define NR (2 * LANES)
+#ifndef KC
 #define KC 384
+#endif
 #define COLUMN_UNIT 32
 #define MAX_BLOCK_ROWS 84
 
