@@ -69,6 +69,9 @@ class Source:
             mark = marks.get(part) or self.document.keys.get(part) or self.document.values.get(part)
             if mark:
                 return mark, f"{self.name}:{mark[0]}:{mark[1]}"
+            made = [i for i, origin in enumerate(self.origins) if origin[: len(part)] == part]
+            if made:  # a section that only an override has
+                return (1 << 30, made[0]), list(self.origins.values())[made[0]]
         return (0, 0), self.name
 
 

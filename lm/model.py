@@ -411,7 +411,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V) of tokens that start at `position` () int64, and the caches with these tokens in them."""
         x, after = tokens_BT, []
         for (_, unit), cache in zip(self.layers(), caches, strict=True):
-            x, cache = cast("Any", unit).decode(x, cache, position)  # noqa: PLW2901
+            x, cache = cast("Any", unit).decode(x, cache, position)
             after.append(cache)
         return x, after
 

@@ -246,7 +246,7 @@ class Placed:
         """
         x, after = tokens, []
         for stage, part in zip(self.stages, cache, strict=True):
-            x, part = stage.decode(x, part, position)  # noqa: PLW2901
+            x, part = stage.decode(x, part, position)
             after.append(part)
         return x, after
 

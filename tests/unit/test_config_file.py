@@ -165,6 +165,7 @@ def test_overrides_replace_values_and_fill_absent_sections():
     ("override", "expected"),
     [
         ("train.stepz=5", "override 'train.stepz=5': train.stepz: unknown key; did you mean 'steps'?"),
+        ("trian.steps=5", "override 'trian.steps=5': trian: unknown key; did you mean 'train'?"),
         ("train.steps", "override 'train.steps': expected KEY=VALUE"),
         ("=3", "override '=3': expected KEY=VALUE"),
         ("seeds.x=3", "override 'seeds.x=3': seeds: not a section"),
