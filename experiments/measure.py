@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from experiments.planning import Setting
 
-WARM_UP = 5
+TURN = 5  # steps of one placement after another; the first finds the caches as the placement before left them
 
 Stages = tuple[tuple[str, int, int], ...]
 
@@ -47,9 +48,9 @@ class StepTime:
 
 
 def step_times(setting: Setting, arm: str, plan: hetero.Plan) -> list[StepTime]:
-    """Measure the plan and each single device, one step of each in turn.
+    """Measure the plan and each single device, a few steps of each in turn.
 
-    In turn, so that a slow moment of the machine hits all alike. The model is a copy: training is not touched.
+    In turn, so that a slow moment of the machine hits all alike. The models are copies: training is not touched.
 
     Args:
         setting: of the run.
@@ -94,14 +95,15 @@ def _interleaved(
             )
             for stages, one in copies.items()
         }
-        for step in range(WARM_UP + steps):
-            batch = planning.example_batch(setting, step)
+        for turn in range(1 + math.ceil(steps / (TURN - 1))):  # the first turn is to warm up
             for stages, one in placed.items():
-                copies[stages].zero_grad()
-                start = time.perf_counter()
-                one.step(batch)
-                if step >= WARM_UP:
-                    times[stages].append(time.perf_counter() - start)
+                for k in range(TURN):
+                    batch = planning.example_batch(setting, turn * TURN + k)
+                    copies[stages].zero_grad()
+                    start = time.perf_counter()
+                    one.step(batch)
+                    if turn > 0 and k > 0 and len(times[stages]) < steps:
+                        times[stages].append(time.perf_counter() - start)
     return {stages: _quartiles(values) for stages, values in times.items()}
 
 

@@ -51,10 +51,20 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class StageOverhead:
-    """Fixed time of one call of a stage on a device, however many layers it holds [s]; forward and backward."""
+    """Fixed time of one call of a stage on a device, however many layers it holds.
+
+    Attributes:
+        forward_s: of a forward call [s].
+        backward_s: of a backward call [s].
+        contended_forward_s: what a forward call takes longer where a plan gives stages to another device that has
+            these two figures as well, so that both compute at the same time [s]; None: not known, or not so.
+        contended_backward_s: likewise [s].
+    """
 
     forward_s: float = 0.0
     backward_s: float = 0.0
+    contended_forward_s: float | None = None
+    contended_backward_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from hetero import cache
-from hetero.cost import Costs, LayerCost, LayerTime, StageOverhead
+from hetero.cost import Costs, LayerCost, LayerTime
 from hetero.modules import apis_of, can_run, forward_flops, saved_bytes, signature
 from hetero.roofline import roofline
-from hetero.runtime.calibration import Layer, add_slowdown, on_device
+from hetero.runtime.calibration import Layer, add_slowdown, on_devices
 from hetero.runtime.measurement import handover_s
 from hetero.runtime.pipeline import Batch, split
 from hetero.runtime.stage import TARGETS, Chain, Loss
@@ -64,8 +64,8 @@ def profile(
     copies = [(name, copy.deepcopy(module)) for name, module in layers]  # theirs: gradients, counters, the device
     chain = _prepare(copies, batch, n_microbatches, loss)
     costs = [_cost(layer) for layer in chain]
-    times: dict[str, dict[str, LayerTime]] = {}
-    overheads: dict[str, StageOverhead] = {}
+    real = [device for device in topology.devices if not device.simulated]
+    times, overheads = on_devices(chain, real, n_microbatches, refresh=refresh)
     for device in topology.devices:
         if device.simulated:
             times[device.name] = {
@@ -73,8 +73,6 @@ def profile(
                 for layer, cost in zip(chain, costs, strict=True)
                 if can_run(layer.module, device)
             }
-        elif any(can_run(layer.module, device) for layer in chain):
-            times[device.name], overheads[device.name] = on_device(chain, device, n_microbatches, refresh=refresh)
     overheads = add_slowdown(overheads, times, chain, topology, n_microbatches, refresh=refresh)
     return Costs(
         layers=tuple(_with_times(cost, times) for cost in costs),

@@ -29,6 +29,10 @@ _BEAMS = (1_000, 10_000, 100_000, 300_000)
 _MOST_DEVICES = 48  # a set of them is the bits of an integer, with room for the current one
 
 
+class _NotFoundInTimeError(PlacementError):
+    """No placement was found, but there may be one."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """A placement and the proof of its quality.
@@ -81,9 +85,28 @@ def solve(problem: Problem, *, time_limit_s: float = 60.0, reference: Sequence[i
             expected=f"at most {_MOST_DEVICES}",
             remedy="plan for one pipeline's devices: the others can repeat it",
         )
+    start = time.monotonic()
+    found, refused = [], []
+    for case in problem.cases():
+        try:
+            found.append(_solve(case, start + time_limit_s, reference))
+        except PlacementError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    best = min(found, key=lambda solution: solution.value)
+    is_searched = not any(isinstance(error, _NotFoundInTimeError) for error in refused)
+    lower = min(solution.lower_bound for solution in found) if is_searched else 0.0
+    is_optimal = is_searched and all(one.is_optimal or one.lower_bound >= best.value for one in found)
+    seconds = time.monotonic() - start
+    return dataclasses.replace(best, lower_bound=lower, is_optimal=is_optimal, seconds=seconds)
+
+
+def _solve(problem: Problem, deadline: float, reference: Sequence[int] | None) -> Solution:
+    """`solve` for a problem without contention."""
     _check_hopeless(problem)
     start = time.monotonic()
-    chain = _Chain(problem, start + time_limit_s)
+    chain = _Chain(problem, deadline)
     objective = weights(problem.objective, problem.n_microbatches)
     if problem.objective == "throughput" and reference is None:
         found = chain.least_load(objective)
@@ -233,7 +256,7 @@ def _refuse(problem: Problem, found: Found, deadline: float, *, is_only: bool) -
     if is_only:
         raise PlacementError("there is no other placement")
     if not found.is_complete:
-        raise PlacementError("no placement was found in the time given", remedy="a larger time_limit_s")
+        raise _NotFoundInTimeError("no placement was found in the time given", remedy="a larger time_limit_s")
     objective = weights(problem.objective, problem.n_microbatches)
     groups = classes(problem)
     shared = states(problem, groups)
@@ -243,7 +266,7 @@ def _refuse(problem: Problem, found: Found, deadline: float, *, is_only: bool) -
 
     unlimited, limited = attempt(problem.without_memory_limits()), attempt(problem)
     if not limited.is_complete or not (unlimited.path or unlimited.is_complete):
-        raise PlacementError(
+        raise _NotFoundInTimeError(
             "no placement keeps to the limits; which one forbids it was not found in the time given",
             remedy="a larger time_limit_s",
         )

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hetero.cost import StageOverhead
 from hetero.errors import PlacementError
 from hetero.planner.plan import PlanStage, PlanTransfer
 
@@ -72,12 +73,13 @@ def evaluate(
     _check_memory(stages, filled, topology, max_memory or {})
     transfers = _transfers(stages, costs, topology)
     hops = [transfer.seconds for transfer in transfers]
+    devices = [device for device, _, _ in stages]
+    calls = _calls(devices, costs, objective)
     planned, ends = [], []
     for (device, first, last), nbytes in zip(stages, filled, strict=True):
-        planned.append(_planned(device, first, last, nbytes, costs, topology))
+        planned.append(_planned(device, first, last, nbytes, costs, calls[device], topology))
     for sign in (0, -1, 1):
-        times = [_stage_times(device, first, last, costs, sign) for device, first, last in stages]
-        devices = [device for device, _, _ in stages]
+        times = [_stage_times(device, first, last, costs, calls[device], sign) for device, first, last in stages]
         ends.append(_objective(objective, devices, times, hops, costs.n_microbatches, topology))
     value, low, high = (end[0] for end in ends)
     return Evaluation(value, (low, high), tuple(planned), transfers, ends[0][1])
@@ -143,10 +145,27 @@ def _transfers(stages: Placement, costs: Costs, topology: Topology) -> tuple[Pla
     return tuple(transfers)
 
 
-def _stage_times(device: str, first: int, last: int, costs: Costs, sign: int) -> tuple[float, float]:
-    """Forward and backward time of a stage, with its overhead; the layers at the low (-1) or high (1) end."""
-    overhead = costs.overheads.get(device)
-    forward, backward = (overhead.forward_s, overhead.backward_s) if overhead else (0.0, 0.0)
+def _calls(devices: Sequence[str], costs: Costs, objective: str) -> dict[str, tuple[float, float]]:
+    """Fixed forward and backward time of a call on each device; longer where two of them slow each other.
+
+    For the latency of a single micro-batch only one device computes at a time.
+    """
+    fixed = {device: costs.overheads.get(device, StageOverhead()) for device in devices}
+    rivals = [device for device in fixed if fixed[device].contended_forward_s is not None]
+    calls = {}
+    for device, one in fixed.items():
+        forward, backward = one.forward_s, one.backward_s
+        if len(rivals) > 1 and objective != "latency":
+            forward, backward = forward + (one.contended_forward_s or 0), backward + (one.contended_backward_s or 0)
+        calls[device] = forward, backward
+    return calls
+
+
+def _stage_times(
+    device: str, first: int, last: int, costs: Costs, call: tuple[float, float], sign: int
+) -> tuple[float, float]:
+    """Forward and backward time of a stage, with that of its call; the layers at the low (-1) or high (1) end."""
+    forward, backward = call
     for layer in costs.layers[first : last + 1]:
         time: LayerTime = layer.times[device]
         scale = max(0.0, 1.0 + sign * time.error)
@@ -155,9 +174,11 @@ def _stage_times(device: str, first: int, last: int, costs: Costs, sign: int) ->
     return forward, backward
 
 
-def _planned(device: str, first: int, last: int, nbytes: int, costs: Costs, topology: Topology) -> PlanStage:
-    forward, backward = _stage_times(device, first, last, costs, 0)
-    high = sum(_stage_times(device, first, last, costs, 1))
+def _planned(
+    device: str, first: int, last: int, nbytes: int, costs: Costs, call: tuple[float, float], topology: Topology
+) -> PlanStage:
+    forward, backward = _stage_times(device, first, last, costs, call, 0)
+    high = sum(_stage_times(device, first, last, costs, call, 1))
     error = (high - forward - backward) / (forward + backward) if forward + backward else 0.0
     names = tuple(layer.name for layer in costs.layers[first : last + 1])
     cores = topology.device(device).cores

@@ -21,7 +21,7 @@ from hetero.errors import DeviceError, PlacementError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hetero.cost import Costs, LayerCost
+    from hetero.cost import Costs, LayerCost, StageOverhead
     from hetero.device import Device
     from hetero.topology import Topology
 
@@ -60,6 +60,8 @@ class Problem:
         forward: (L, D) time of one micro-batch [s]; infinite: the device can't run the layer.
         backward: (L, D) likewise; finite wherever `forward` is.
         overhead: (D, 2) fixed time of a stage's forward and backward call [s].
+        contention: (D, 2) what it is longer where two of `contended` are used [s].
+        contended: devices that slow each other.
         nbytes: (L,) memory that a layer fills on its device [B].
         latency: (D, D) time of an empty transfer [s]; infinite: no link.
         inverse_bandwidth: (D, D) [s/B].
@@ -78,6 +80,8 @@ class Problem:
     forward: Floats
     backward: Floats
     overhead: Floats
+    contention: Floats
+    contended: tuple[int, ...]
     nbytes: NDArray[np.int64]
     latency: Floats
     inverse_bandwidth: Floats
@@ -98,6 +102,21 @@ class Problem:
         forward = self.forward.copy()
         forward[:, self.devices.index(device)] = np.inf
         return dataclasses.replace(self, forward=forward)
+
+    def cases(self) -> list[Problem]:
+        """Problems without contention; each placement costs as much in the cheapest one as it does here.
+
+        One where contention is always charged, and for each contended device one where the others can run nothing.
+        """
+        if len(self.contended) < 2:
+            return [self]
+        plain = dataclasses.replace(self, contention=np.zeros_like(self.contention), contended=())
+        result = [dataclasses.replace(plain, overhead=self.overhead + self.contention)]
+        for device in self.contended:
+            forward = self.forward.copy()
+            forward[:, [other for other in self.contended if other != device]] = np.inf
+            result.append(dataclasses.replace(plain, forward=forward))
+        return result
 
     def without_memory_limits(self) -> Problem:
         """The same problem with boundless memory."""
@@ -154,6 +173,10 @@ def build(
         forward=forward,
         backward=backward,
         overhead=np.array([(o.forward_s, o.backward_s) if o else (0.0, 0.0) for o in overheads]),
+        contention=np.array(
+            [(o.contended_forward_s or 0.0, o.contended_backward_s or 0.0) if o else (0.0, 0.0) for o in overheads]
+        ),
+        contended=tuple(d for d, o in enumerate(overheads) if o and _is_contended(o) and objective != "latency"),
         nbytes=nbytes,
         latency=latency,
         inverse_bandwidth=inverse_bandwidth,
@@ -164,6 +187,10 @@ def build(
         conflicts=tuple(tuple(j for j, b in enumerate(devices) if a.overlaps(b)) for a in devices),
         contiguous=contiguous,
     )
+
+
+def _is_contended(overhead: StageOverhead) -> bool:
+    return overhead.contended_forward_s is not None
 
 
 def layer_bytes(layer: LayerCost, costs: Costs) -> int:

@@ -61,7 +61,9 @@ def _interchangeable(problem: Problem, u: int, v: int) -> bool:
         return False
     if not all(np.array_equal(table[:, u], table[:, v]) for table in (problem.forward, problem.backward)):
         return False
-    if not np.array_equal(problem.overhead[u], problem.overhead[v]):
+    if not all(np.array_equal(table[u], table[v]) for table in (problem.overhead, problem.contention)):
+        return False
+    if (u in problem.contended) != (v in problem.contended):
         return False
     for table in (problem.latency, problem.inverse_bandwidth):
         outward = np.array_equal(table[u, others], table[v, others])

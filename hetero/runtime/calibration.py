@@ -1,4 +1,4 @@
-"""Times of layers on one device, and what a stage's call costs beside them."""
+"""Times of layers on devices, and what a stage's call costs beside them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from hetero.runtime.stage import Loss, Stage
 from hetero.runtime.worker import Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hetero.backends import Context
     from hetero.device import Device
     from hetero.topology import Topology
@@ -47,35 +49,73 @@ class Layer:
     loss: Loss | None
 
 
-def on_device(
-    chain: list[Layer], device: Device, n_microbatches: int, *, refresh: bool
-) -> tuple[dict[str, LayerTime], StageOverhead]:
-    """Times of the layers that the device can run, without the fixed time of a stage's call, and that time.
+@dataclass
+class _Known:
+    """What is known of a chain on one device.
 
-    The fixed time belongs to the device and the shapes: it is measured with the first chain, and kept for others.
+    Attributes:
+        device: which.
+        layers: by key, those that the device can run.
+        samples: by key; empty where nothing is stored.
+        fixed: time of a stage's call; None: not measured.
+        names: by key, what the cache calls a layer's sample, and at "" the fixed time.
     """
-    usable = {layer.key: layer for layer in chain if can_run(layer.module, device)}
-    names = {key: cache.key(_machine(device), key) for key in usable}
-    overhead_name = cache.key(_machine(device), "overhead", _shapes(chain), n_microbatches)
-    stored, overhead = {}, None
-    if not refresh:
-        found = {key: cache.read("profile", name, Sample.from_json) for key, name in names.items()}
-        stored = {key: sample for key, sample in found.items() if sample is not None}
-        overhead = cache.read("profile", overhead_name, _fixed_time)
-    run = _longest_run(chain, device) if overhead is None else []
-    missing = {key: layer for key, layer in usable.items() if key not in stored}
-    if len(run) > 1:
-        missing |= {layer.key: layer for layer in run}  # alone and together have to be measured in the same minute
-    if missing:
-        samples, together = _measure(list(missing.values()), run, device, n_microbatches)
-        stored |= samples
-        for key, sample in samples.items():
-            cache.write("profile", names[key], sample.to_json())
-        if overhead is None:
-            overhead = _overhead([stored[layer.key] for layer in run], together)
-            cache.write("profile", overhead_name, dataclasses.asdict(overhead))
-    fixed = overhead or StageOverhead()
-    return {layer.name: _net(stored[layer.key], fixed) for layer in chain if layer.key in usable}, fixed
+
+    device: Device
+    layers: dict[str, Layer]
+    samples: dict[str, Sample]
+    fixed: StageOverhead | None
+    names: dict[str, str]
+
+    def missing(self, chain: list[Layer]) -> tuple[list[Layer], list[Layer]]:
+        """Layers to be measured one by one, and those to be measured as one stage as well: all or none of a run."""
+        run = _longest_run(chain, self.device) if self.fixed is None else []
+        wanted = {key: layer for key, layer in self.layers.items() if key not in self.samples}
+        if len(run) > 1:
+            wanted |= {layer.key: layer for layer in run}  # alone and together have to be measured in the same minute
+        return list(wanted.values()), run if len(run) > 1 else []
+
+    def store(self, alone: dict[str, Sample], run: list[Layer], together: Sample | None) -> None:
+        """Take new samples over and put them into the cache."""
+        self.samples |= alone
+        for key, sample in alone.items():
+            cache.write("profile", self.names[key], sample.to_json())
+        if self.fixed is None:
+            self.fixed = _overhead([self.samples[layer.key] for layer in run], together)
+            stored = {"forward_s": self.fixed.forward_s, "backward_s": self.fixed.backward_s}
+            cache.write("profile", self.names[""], stored)
+
+
+def on_devices(
+    chain: list[Layer], devices: Sequence[Device], n_microbatches: int, *, refresh: bool
+) -> tuple[dict[str, dict[str, LayerTime]], dict[str, StageOverhead]]:
+    """Times of the layers on each device that can run some, without the fixed time of a stage's call, and that time.
+
+    The fixed time belongs to the device and the shapes: it is measured with the first chain, and kept for others. What
+    isn't stored is measured on all devices by turns: a machine's speed changes within seconds, and a plan needs times
+    that can be compared.
+    """
+    known = [_known(chain, device, n_microbatches, refresh=refresh) for device in devices]
+    known = [one for one in known if one.layers]
+    _measure(known, chain, n_microbatches)
+    times: dict[str, dict[str, LayerTime]] = {}
+    overheads: dict[str, StageOverhead] = {}
+    for one in known:
+        fixed = overheads[one.device.name] = one.fixed or StageOverhead()
+        able = [layer for layer in chain if layer.key in one.layers]
+        times[one.device.name] = {layer.name: _net(one.samples[layer.key], fixed) for layer in able}
+    return times, overheads
+
+
+def _known(chain: list[Layer], device: Device, n_microbatches: int, *, refresh: bool) -> _Known:
+    layers = {layer.key: layer for layer in chain if can_run(layer.module, device)}
+    names = {key: cache.key(_machine(device), key) for key in layers}
+    names[""] = cache.key(_machine(device), "overhead", _shapes(chain), n_microbatches)
+    if refresh:
+        return _Known(device, layers, {}, None, names)
+    found = {key: cache.read("profile", names[key], Sample.from_json) for key in layers}
+    samples = {key: sample for key, sample in found.items() if sample is not None}
+    return _Known(device, layers, samples, cache.read("profile", names[""], _fixed_time), names)
 
 
 def add_slowdown(
@@ -87,11 +127,10 @@ def add_slowdown(
     *,
     refresh: bool,
 ) -> dict[str, StageOverhead]:
-    """The fixed times, raised by what the devices take from each other.
+    """The fixed times, with what the devices take from each other.
 
     While all of k devices compute, a pass on device d takes r times as long. A plan that uses all of them gives each
-    about a k-th of the chain, whose whole time there is T; so its stage loses (r - 1) T / k in each call. Plans with
-    fewer devices are charged as well, for one stage: their prediction is too high by up to (r - 1) / k.
+    about a k-th of the chain, whose whole time there is T; so its stage loses (r - 1) T / k in each call.
     """
     devices: list[Device] = []
     for device in topology.devices:
@@ -108,9 +147,10 @@ def add_slowdown(
     raised = dict(overheads)
     for device, (forward, backward) in zip(devices, ratios, strict=True):
         fixed, own = overheads[device.name], times[device.name].values()
-        raised[device.name] = StageOverhead(
-            fixed.forward_s + (forward - 1) * sum(time.forward_s for time in own) / len(devices),
-            fixed.backward_s + (backward - 1) * sum(time.backward_s for time in own) / len(devices),
+        raised[device.name] = dataclasses.replace(
+            fixed,
+            contended_forward_s=(forward - 1) * sum(time.forward_s for time in own) / len(devices),
+            contended_backward_s=(backward - 1) * sum(time.backward_s for time in own) / len(devices),
         )
     return raised
 
@@ -144,19 +184,26 @@ def _longest_run(chain: list[Layer], device: Device) -> list[Layer]:
     return best
 
 
-def _measure(
-    layers: list[Layer], run: list[Layer], device: Device, n_microbatches: int
-) -> tuple[dict[str, Sample], Sample | None]:
-    """Each layer alone, by its key, and the run as one stage (None if it isn't one)."""
-    groups = [[layer] for layer in layers] + ([run] if len(run) > 1 else [])
-    worker = Worker(device)
+def _measure(known: list[_Known], chain: list[Layer], n_microbatches: int) -> None:
+    """Measure what is missing, and note and store it."""
+    wanted = [(one, *one.missing(chain)) for one in known]
+    wanted = [(one, layers, run) for one, layers, run in wanted if layers]
+    if not wanted:
+        return
+    workers: list[Worker] = []
     try:
-        workloads = [_workload(group, device) for group in groups]
-        samples = worker.call(lambda: measure(workloads, n_microbatches))
+        workers += [Worker(one.device) for one, _, _ in wanted]
+        groups = [[[layer] for layer in layers] + ([run] if run else []) for _, layers, run in wanted]
+        workloads = [
+            [_workload(group, one.device) for group in own] for (one, _, _), own in zip(wanted, groups, strict=True)
+        ]
+        samples = measure(workers, workloads, n_microbatches)
     finally:
-        worker.close()
-    alone = {layer.key: sample for layer, sample in zip(layers, samples, strict=False)}
-    return alone, samples[-1] if len(run) > 1 else None
+        for worker in workers:
+            worker.close()
+    for (one, layers, run), own in zip(wanted, samples, strict=True):
+        alone = {layer.key: sample for layer, sample in zip(layers, own, strict=False)}
+        one.store(alone, run, own[-1] if run else None)
 
 
 def _slowdown(chain: list[Layer], devices: list[Device], n_microbatches: int) -> list[tuple[float, float]]:

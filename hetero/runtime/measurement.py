@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -104,21 +105,36 @@ class Workload:
         return Sample(statistics.median(self.forward), statistics.median(self.backward), max(_LEAST_ERROR, *spreads))
 
 
-def measure(workloads: Sequence[Workload], n_slots: int) -> list[Sample]:
-    """Time workloads by turns, so that a busy moment of the machine falls on all; runs in the device's worker."""
-    for _ in range(_WARM_UP):
-        for workload in workloads:
+def measure(workers: Sequence[Worker], workloads: Sequence[Sequence[Workload]], n_slots: int) -> list[list[Sample]]:
+    """Time the workloads of all workers by turns, one worker at a time, so that a busy moment falls on all alike.
+
+    Args:
+        workers: one a device.
+        workloads: what each of them times.
+        n_slots: micro-batches of a round.
+
+    Returns:
+        For each worker, a sample of each of its workloads.
+    """
+
+    def round_of(own: Sequence[Workload]) -> None:
+        for workload in own:
             workload.round(n_slots)
-    for workload in workloads:
+
+    jobs = [functools.partial(round_of, own) for own in workloads]
+    for _ in range(_WARM_UP):
+        for worker, job in zip(workers, jobs, strict=True):
+            worker.call(job)
+    for workload in itertools.chain.from_iterable(workloads):
         workload.forward.clear()
         workload.backward.clear()
-    end = time.perf_counter() + _BUDGET_S
+    end = time.perf_counter() + _BUDGET_S * len(workers)
     for n in range(_MOST_ROUNDS):
         if n >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
-        for workload in workloads:
-            workload.round(n_slots)
-    return [workload.sample() for workload in workloads]
+        for worker, job in zip(workers, jobs, strict=True):
+            worker.call(job)
+    return [[workload.sample() for workload in own] for own in workloads]
 
 
 def slowdown(workers: Sequence[Worker], workloads: Sequence[Workload], n_slots: int) -> list[tuple[float, float]]:

@@ -47,7 +47,7 @@ def random_instance(seed: int, *, least_layers: int = 1, least_devices: int = 1)
         for a, b in itertools.permutations(names, 2)
         if twins or r.random() < 0.9
     }
-    overheads = {} if twins else {n: StageOverhead(*map(float, r.random(2) * 0.2)) for n in names if r.random() < 0.7}
+    overheads = {} if twins else {n: _random_overhead(r) for n in names if r.random() < 0.7}
     return Instance(
         Costs(layers, int(r.integers(1, 6)), overheads, transfers, float(r.uniform(0, 3))),
         Topology(tuple(devices)),
@@ -55,6 +55,11 @@ def random_instance(seed: int, *, least_layers: int = 1, least_devices: int = 1)
         {names[0]: int(devices[0].memory_bytes * 0.7)} if r.random() < 0.3 else {},
         {f"layer{r.integers(n_layers)}": str(r.choice(names))} if r.random() < 0.3 else {},
     )
+
+
+def _random_overhead(r: np.random.Generator) -> StageOverhead:
+    n_figures = 4 if r.random() < 0.5 else 2  # with or without those of contention
+    return StageOverhead(*map(float, r.random(n_figures) * 0.2))
 
 
 def _random_device(r: np.random.Generator, name: str) -> Device:
@@ -83,9 +88,14 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
     if any(a.overlaps(b) for a, b in itertools.combinations(device.values(), 2)):
         return math.inf
     forward, backward, used = dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0)
+    figures = {n: x.costs.overheads.get(n, StageOverhead()) for n in devices}
+    slowed = {n for n, one in figures.items() if one.contended_forward_s is not None and x.objective != "latency"}
     for name, first, stop in zip(devices, cuts, cuts[1:], strict=False):
-        overhead = x.costs.overheads.get(name, StageOverhead())
+        overhead = figures[name]
         forward[name], backward[name] = overhead.forward_s, overhead.backward_s
+        if name in slowed and len(slowed) >= 2:
+            forward[name] += overhead.contended_forward_s
+            backward[name] += overhead.contended_backward_s
         for layer in x.costs.layers[first:stop]:
             is_allowed = layer.apis is None or device[name].api in layer.apis
             if name not in layer.times or not is_allowed or x.pins.get(layer.name, name) != name:

@@ -183,17 +183,35 @@ def test_a_timed_stage_finds_its_input_where_it_computes(monkeypatch):
 
 def test_layers_built_alike_are_measured_once(monkeypatch):
     measured: list[str] = []
-    original = calibration._measure
-    monkeypatch.setattr(
-        calibration,
-        "_measure",
-        lambda layers, *rest: (measured.extend(x.name for x in layers), original(layers, *rest))[1],
-    )
+    original = calibration._Known.missing
+
+    def missing(self, chain):
+        layers, run = original(self, chain)
+        measured.extend(layer.name for layer in layers)
+        return layers, run
+
+    monkeypatch.setattr(calibration._Known, "missing", missing)
     costs = run(Slow(0.0, 0.0), Slow(0.001, 0.001), Slow(0.001, 0.001), Slow(0.002, 0.001), Quick())
     assert costs.layers[1].times == costs.layers[2].times
     assert costs.layers[1].times != costs.layers[3].times
     assert len(measured) == 4
     assert len({"layer1", "layer2"} & set(measured)) == 1
+
+
+def test_devices_are_measured_by_turns(monkeypatch):
+    rounds: list[str] = []
+    original = measurement.Workload.round
+
+    def noted(self, n_slots):
+        rounds.append(self.stage.device.name)
+        original(self, n_slots)
+
+    monkeypatch.setattr(measurement.Workload, "round", noted)
+    monkeypatch.setattr(calibration, "slowdown", lambda workers, *_: [(1.0, 1.0)] * len(workers))
+    run(Quick(), Quick(), devices=(CPU, FAKE))
+    turn = ["cpu"] * (rounds.index(FAKE.name)) + [FAKE.name] * (rounds.index(FAKE.name))
+    assert len(turn) >= 4  # a layer alone and the chain, on each
+    assert rounds == turn * (len(rounds) // len(turn))
 
 
 def test_what_devices_take_from_each_other_is_charged_to_their_stages(monkeypatch):
@@ -204,10 +222,10 @@ def test_what_devices_take_from_each_other_is_charged_to_their_stages(monkeypatc
         pytest.skip("one core: nothing runs at the same time")
     time = both.layers[0].times["cpu"]
     assert time == alone.layers[0].times["cpu"]
-    raised = both.overheads["cpu"].forward_s - alone.overheads["cpu"].forward_s
-    assert raised == pytest.approx((1.5 - 1) * 2 * time.forward_s / 2)
-    raised = both.overheads["cpu"].backward_s - alone.overheads["cpu"].backward_s
-    assert raised == pytest.approx((1.25 - 1) * 2 * time.backward_s / 2)
+    slowed = both.overheads["cpu"]
+    assert alone.overheads["cpu"].contended_forward_s is None
+    assert slowed.contended_forward_s == pytest.approx((1.5 - 1) * 2 * time.forward_s / 2)
+    assert slowed.contended_backward_s == pytest.approx((1.25 - 1) * 2 * time.backward_s / 2)
 
 
 def test_devices_on_the_same_cores_are_not_said_to_slow_each_other(monkeypatch):
@@ -277,8 +295,8 @@ def test_a_stored_profile_is_void_when_something_changes(monkeypatch, change):
 
     again(settings)
     measured: list[int] = []
-    original = calibration.measure
-    monkeypatch.setattr(calibration, "measure", lambda *a: (measured.append(1), original(*a))[1])
+    original = calibration._Known.store
+    monkeypatch.setattr(calibration._Known, "store", lambda *a: (measured.append(1), original(*a))[1])
     again(settings | change)
     assert measured
 
