@@ -19,7 +19,7 @@ import experiments
 from experiments import config_file
 
 TUNING_SEED = 1000
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 
 
 def main() -> None:

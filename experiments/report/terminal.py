@@ -34,7 +34,8 @@ def _heading(run: Run) -> str:
     status = str(run.summary.get("status", "complete"))
     note = "" if status == "complete" else f" ({status})"
     measure = f"{run.metric.replace('_', ' ')} in {run.unit}, lower is better"
-    measure += f"; ± is the interval, 95 % for means, {run.confidence} for differences"
+    other = "" if run.confidence == "95 %" else f" (differences: {run.confidence})"
+    measure += f"; ± is the 95 % interval{other}"
     return _wrap(f"{run.name}{note}: {len(run.arms)} arm{'' if len(run.arms) == 1 else 's'}, {seeds}; {measure}")
 
 

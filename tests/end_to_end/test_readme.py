@@ -36,7 +36,7 @@ def test_the_experiment_runs(folder, capsys):
 
 def test_the_typo_gets_the_message_shown(folder, capsys):
     path = folder / "my_experiment.yaml"
-    path.write_text(path.read_text().replace("n_qubits", "n_qubit"))
+    path.write_text(path.read_text().replace("{steps:", "{stepz:"))
     assert cli.main(["run", "my_experiment.yaml"]) == 2
     (shown,) = re.findall(r"^    (error: my_experiment.*)$", README, flags=re.MULTILINE)
     assert shown in capsys.readouterr().err

@@ -221,7 +221,7 @@ def test_terminal_table_shows_means_with_their_intervals(summary: dict[str, Any]
 
 def test_terminal_heading_says_how_sure_the_intervals_of_differences_are(summary: dict[str, Any]) -> None:
     text = " ".join(report.text_table({**summary, "alpha": 0.01}).split())
-    assert "± is the interval, 95 % for means, 99 % for differences" in text
+    assert "± is the 95 % interval (differences: 99 %)" in text
 
 
 def test_terminal_obeys_no_control_characters_from_a_file(summary: dict[str, Any]) -> None:
