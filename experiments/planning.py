@@ -89,16 +89,17 @@ def read_plan(setting: Setting, file: Path) -> hetero.Plan:
     config = setting.config
     try:
         plan = hetero.Plan.from_json(record.read_json(file))
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(f"{file} is no plan: {error}") from None
-    placed = {layer: stage.device for stage in plan.stages for layer in stage.layers}
+        placed = {layer: stage.device for stage in plan.stages for layer in stage.layers}
+        used = sorted({str(device) for device in placed.values()})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{file} is no plan: {type(error).__name__}: {error}") from None
     here = {device.name for device in setting.topology.devices}
     pairs = {
         "layers": (list(placed), layer_names(config.model)),
         "n_microbatches": (plan.n_microbatches, config.plan.n_microbatches),
         "objective": (plan.objective, config.plan.objective),
         "pins": ({layer: placed.get(layer) for layer in config.plan.pins}, config.plan.pins),
-        "devices": (sorted(set(placed.values())), sorted(set(placed.values()) & here)),
+        "devices": (used, [device for device in used if device in here]),
     }
     differ = [key for key, (found, expected) in pairs.items() if found != expected]
     if differ:

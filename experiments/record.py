@@ -80,7 +80,10 @@ def refuse_used(folder: Path) -> None:
             remedy=f"go on with: heteroq run --resume {folder}; or choose another folder with --out DIR",
         )
     others = [entry.name for entry in folder.iterdir() if entry.name not in _BEFORE_CONFIG]
-    if others:
+    given = folder / "arms"  # a run that was given plans and was killed before its config.yaml leaves these alone
+    if others == ["arms"] and all(path.name == "plan.json" for path in given.rglob("*") if path.is_file()):
+        shutil.rmtree(given)
+    elif others:
         shown = ", ".join(sorted(others)[:3])
         raise RunFolderError(f"{folder} is not empty", found=shown, remedy="choose another folder with --out DIR")
 

@@ -66,7 +66,6 @@ def sample(
             generator=torch.Generator().manual_seed(sample_seed),
             temperature=temperature,
             top_k=top_k,
-            seq_len=config.model.seq_len,
         )
     return prompt + tokenizer.decode(out[0, tokens.shape[1] :].numpy())
 

@@ -56,15 +56,15 @@ class StageOverhead:
     Attributes:
         forward_s: of a forward call [s].
         backward_s: of a backward call [s].
-        contended_forward_s: what a forward call takes longer where a plan gives stages to another device that has
-            these two figures as well, so that both compute at the same time [s]; None: not known, or not so.
-        contended_backward_s: likewise [s].
+        contended_forward: how many times as long a forward pass takes where a plan gives stages to another device
+            that has these two figures as well, so that both compute at the same time; None: not known, or not so.
+        contended_backward: likewise.
     """
 
     forward_s: float = 0.0
     backward_s: float = 0.0
-    contended_forward_s: float | None = None
-    contended_backward_s: float | None = None
+    contended_forward: float | None = None
+    contended_backward: float | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def profile(
                 for layer, cost in zip(chain, costs, strict=True)
                 if can_run(layer.module, device)
             }
-    overheads = add_slowdown(overheads, times, chain, topology, n_microbatches, refresh=refresh)
+    overheads = add_slowdown(overheads, chain, topology, n_microbatches, refresh=refresh)
     return Costs(
         layers=tuple(_with_times(cost, times) for cost in costs),
         n_microbatches=n_microbatches,

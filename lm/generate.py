@@ -79,10 +79,13 @@ def _choose(logits_BV: Tensor, generator: torch.Generator | None, temperature: f
 
 
 def _window(model: Decoder, seq_len: int | None) -> int:
-    found = getattr(getattr(model, "config", None), "seq_len", None) if seq_len is None else seq_len
-    if found is None:
+    longest: int | None = getattr(getattr(model, "config", None), "seq_len", None)
+    wanted = longest if seq_len is None else seq_len
+    if wanted is None:
         raise SettingError("the model doesn't say how long its sequences may be", remedy="give seq_len")
-    return int(found)
+    if not 1 <= wanted <= (longest or wanted):
+        raise SettingError("seq_len is out of range", found=str(wanted), expected=f"1 to {longest}, the model's own")
+    return wanted
 
 
 def _check(tokens: Tensor, n: int, temperature: float, top_k: int | None) -> None:

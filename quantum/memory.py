@@ -11,10 +11,17 @@ from quantum.errors import QuantumError
 _COPIES = 11  # states of one row at the same time: state and partner of the sweep, copies that sums are made of
 _SHIFTED_COPIES = 3  # of each shifted circuit: its state, its probabilities, the frequencies of its samples
 
-# Limit and use of the control group of a container: version 2, version 1.
+# Limit, use and statistics of the control group of a container, and the statistics' names of what can be taken back,
+# the cache of files: version 2, version 1.
 _GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "active_file", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_active_file",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -49,9 +56,12 @@ def check_memory(n_qubits: int, *, n_shifted: int = 0) -> int:
 def free_bytes() -> int:
     """Memory that is free now, on the host and in its control group [B]."""
     free = int(psutil.virtual_memory().available)
-    for limit, used in _GROUPS:
+    for folder, limit, used, *cached in _GROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit ("max")
+            taken = int(Path(folder, used).read_text())
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            taken -= sum(int(statistics[name]) for name in cached)
+            free = min(free, int(Path(folder, limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
             continue
     return max(free, 0)

@@ -22,7 +22,7 @@ import torch
 from hetero.opencl.copied import COPIED_KINDS, CopiedCalls
 from hetero.opencl.ir import Root, View
 from hetero.opencl.memory import MemoryPlan, assign, lifetimes
-from hetero.opencl.outputs import OutputPool, in_layout, show, whole_views
+from hetero.opencl.outputs import OutputPool, in_layout, show, storage_users, whole_views
 from hetero.opencl.program import Device, PreparedLaunches
 from hetero.opencl.steps import HostStep, Lowered, roots_of, segments
 
@@ -107,12 +107,11 @@ class Frame:
             for view in (*step.inputs, *step.outputs) if isinstance(step, HostStep) else ():
                 if view.root.kind == "saved":
                     self._tensor(view, ())
-        self._base_uses = torch._C._storage_Use_Count(self._storage._cdata)
+        self._own_users = storage_users(self._storage)
 
     def is_free(self) -> bool:
         """Whether nobody holds a tensor in the slab any more, and it is where it was."""
-        uses: int = torch._C._storage_Use_Count(self._storage._cdata)
-        return uses == self._base_uses and self.is_in_place()
+        return storage_users(self._storage) == self._own_users and self.is_in_place()
 
     def is_in_place(self) -> bool:
         """Whether nobody has moved the slab, as a hook that calls `share_memory_` on a saved tensor does."""

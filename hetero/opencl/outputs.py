@@ -6,7 +6,7 @@ inputs it was called with, and at most `_MAX_PIECES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 _MAX_PIECES = 16  # of an output that are remembered: more calls in flight than that allocate anew
 
 
-@dataclass(frozen=True)
 class Piece:
     """Memory of one output, with what its storage was when it was new."""
 
-    tensor: torch.Tensor
-    storage: torch.UntypedStorage
-    pointer: int
-    nbytes: int
-    base_uses: int
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.storage = tensor, tensor.untyped_storage()
+        self.pointer, self.nbytes = self.storage.data_ptr(), self.storage.nbytes()
+        self._users = storage_users(self.storage)
 
     def is_in_place(self) -> bool:
         """Whether nobody has resized it or moved it, as `share_memory_` does."""
@@ -36,8 +34,12 @@ class Piece:
 
     def is_free(self) -> bool:
         """Whether nobody outside has it, and it is what it was."""
-        uses: int = torch._C._storage_Use_Count(self.storage._cdata)
-        return uses == self.base_uses and self.is_in_place()
+        return storage_users(self.storage) == self._users and self.is_in_place()
+
+
+def storage_users(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """How many tensors use a storage, and how many references there are to this object, which all of them share."""
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 class OutputPool:
@@ -60,10 +62,7 @@ class OutputPool:
         return next((piece for piece in self._pieces.values() if piece.is_free()), None) or self._new()
 
     def _new(self) -> Piece:
-        tensor = empty(self._whole)
-        storage = tensor.untyped_storage()
-        uses = torch._C._storage_Use_Count(storage._cdata)
-        piece = Piece(tensor, storage, storage.data_ptr(), storage.nbytes(), uses)
+        piece = Piece(empty(self._whole))
         kept = [other for other in self._pieces.values() if other.is_in_place()][1 - _MAX_PIECES :]
         self._pieces = {other.pointer: other for other in (*kept, piece)}
         return piece

@@ -74,12 +74,12 @@ def evaluate(
     transfers = _transfers(stages, costs, topology)
     hops = [transfer.seconds for transfer in transfers]
     devices = [device for device, _, _ in stages]
-    calls = _calls(devices, costs, objective)
+    factors = _factors(devices, costs, objective)
     planned, ends = [], []
     for (device, first, last), nbytes in zip(stages, filled, strict=True):
-        planned.append(_planned(device, first, last, nbytes, costs, calls[device], topology))
+        planned.append(_planned(device, first, last, nbytes, costs, factors[device], topology))
     for sign in (0, -1, 1):
-        times = [_stage_times(device, first, last, costs, calls[device], sign) for device, first, last in stages]
+        times = [_stage_times(device, first, last, costs, factors[device], sign) for device, first, last in stages]
         ends.append(_objective(objective, devices, times, hops, costs.n_microbatches, topology))
     value, low, high = (end[0] for end in ends)
     return Evaluation(value, (low, high), tuple(planned), transfers, ends[0][1])
@@ -145,40 +145,37 @@ def _transfers(stages: Placement, costs: Costs, topology: Topology) -> tuple[Pla
     return tuple(transfers)
 
 
-def _calls(devices: Sequence[str], costs: Costs, objective: str) -> dict[str, tuple[float, float]]:
-    """Fixed forward and backward time of a call on each device; longer where two of them slow each other.
+def _factors(devices: Sequence[str], costs: Costs, objective: str) -> dict[str, tuple[float, float]]:
+    """How many times as long forward and backward passes take on each device: above 1 where two slow each other.
 
     For the latency of a single micro-batch only one device computes at a time.
     """
     fixed = {device: costs.overheads.get(device, StageOverhead()) for device in devices}
-    rivals = [device for device in fixed if fixed[device].contended_forward_s is not None]
-    calls = {}
-    for device, one in fixed.items():
-        forward, backward = one.forward_s, one.backward_s
-        if len(rivals) > 1 and objective != "latency":
-            forward, backward = forward + (one.contended_forward_s or 0), backward + (one.contended_backward_s or 0)
-        calls[device] = forward, backward
-    return calls
+    rivals = [device for device in fixed if fixed[device].contended_forward is not None]
+    if len(rivals) < 2 or objective == "latency":
+        return dict.fromkeys(fixed, (1.0, 1.0))
+    return {device: (one.contended_forward or 1.0, one.contended_backward or 1.0) for device, one in fixed.items()}
 
 
 def _stage_times(
-    device: str, first: int, last: int, costs: Costs, call: tuple[float, float], sign: int
+    device: str, first: int, last: int, costs: Costs, factors: tuple[float, float], sign: int
 ) -> tuple[float, float]:
     """Forward and backward time of a stage, with that of its call; the layers at the low (-1) or high (1) end."""
-    forward, backward = call
+    overhead = costs.overheads.get(device)
+    forward, backward = (overhead.forward_s, overhead.backward_s) if overhead else (0.0, 0.0)
     for layer in costs.layers[first : last + 1]:
         time: LayerTime = layer.times[device]
         scale = max(0.0, 1.0 + sign * time.error)
         forward += scale * time.forward_s
         backward += scale * time.backward_s
-    return forward, backward
+    return factors[0] * forward, factors[1] * backward
 
 
 def _planned(
-    device: str, first: int, last: int, nbytes: int, costs: Costs, call: tuple[float, float], topology: Topology
+    device: str, first: int, last: int, nbytes: int, costs: Costs, factors: tuple[float, float], topology: Topology
 ) -> PlanStage:
-    forward, backward = _stage_times(device, first, last, costs, call, 0)
-    high = sum(_stage_times(device, first, last, costs, call, 1))
+    forward, backward = _stage_times(device, first, last, costs, factors, 0)
+    high = sum(_stage_times(device, first, last, costs, factors, 1))
     error = (high - forward - backward) / (forward + backward) if forward + backward else 0.0
     names = tuple(layer.name for layer in costs.layers[first : last + 1])
     cores = topology.device(device).cores

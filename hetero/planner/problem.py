@@ -60,7 +60,7 @@ class Problem:
         forward: (L, D) time of one micro-batch [s]; infinite: the device can't run the layer.
         backward: (L, D) likewise; finite wherever `forward` is.
         overhead: (D, 2) fixed time of a stage's forward and backward call [s].
-        contention: (D, 2) what it is longer where two of `contended` are used [s].
+        contention: (D, 2) how many times as long passes take where two of `contended` are used.
         contended: devices that slow each other.
         nbytes: (L,) memory that a layer fills on its device [B].
         latency: (D, D) time of an empty transfer [s]; infinite: no link.
@@ -110,8 +110,10 @@ class Problem:
         """
         if len(self.contended) < 2:
             return [self]
-        plain = dataclasses.replace(self, contention=np.zeros_like(self.contention), contended=())
-        result = [dataclasses.replace(plain, overhead=self.overhead + self.contention)]
+        plain = dataclasses.replace(self, contention=np.ones_like(self.contention), contended=())
+        forward, backward = self.forward * self.contention[:, 0], self.backward * self.contention[:, 1]
+        overhead = self.overhead * self.contention
+        result = [dataclasses.replace(plain, forward=forward, backward=backward, overhead=overhead)]
         for device in self.contended:
             forward = self.forward.copy()
             forward[:, [other for other in self.contended if other != device]] = np.inf
@@ -174,7 +176,7 @@ def build(
         backward=backward,
         overhead=np.array([(o.forward_s, o.backward_s) if o else (0.0, 0.0) for o in overheads]),
         contention=np.array(
-            [(o.contended_forward_s or 0.0, o.contended_backward_s or 0.0) if o else (0.0, 0.0) for o in overheads]
+            [(o.contended_forward or 1.0, o.contended_backward or 1.0) if o else (1.0, 1.0) for o in overheads]
         ),
         contended=tuple(d for d, o in enumerate(overheads) if o and _is_contended(o) and objective != "latency"),
         nbytes=nbytes,
@@ -190,7 +192,7 @@ def build(
 
 
 def _is_contended(overhead: StageOverhead) -> bool:
-    return overhead.contended_forward_s is not None
+    return overhead.contended_forward is not None
 
 
 def layer_bytes(layer: LayerCost, costs: Costs) -> int:
@@ -226,6 +228,9 @@ def _check_costs(costs: Costs) -> None:
             _check_figures(f"layer {layer.name!r} on {device!r}", vars(time))
     for device, overhead in costs.overheads.items():
         _check_figures(f"overhead of {device!r}", vars(overhead))
+        for name in ("contended_forward", "contended_backward"):
+            if (ratio := getattr(overhead, name)) is not None and ratio < 1:
+                raise PlacementError(f"overhead of {device!r}: {name} is {ratio}", expected="at least 1, or None")
     for pair, (latency, bandwidth) in costs.transfers.items():
         _check_figures(f"transfer {pair!r}", {"latency": latency})
         if not bandwidth > 0:

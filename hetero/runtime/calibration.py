@@ -120,18 +120,13 @@ def _known(chain: list[Layer], device: Device, n_microbatches: int, *, refresh: 
 
 def add_slowdown(
     overheads: dict[str, StageOverhead],
-    times: dict[str, dict[str, LayerTime]],
     chain: list[Layer],
     topology: Topology,
     n_microbatches: int,
     *,
     refresh: bool,
 ) -> dict[str, StageOverhead]:
-    """The fixed times, with what the devices take from each other.
-
-    While all of k devices compute, a pass on device d takes r times as long. A plan that uses all of them gives each
-    about a k-th of the chain, whose whole time there is T; so its stage loses (r - 1) T / k in each call.
-    """
+    """The fixed times, with how many times as long a pass takes on each device while all of them compute."""
     devices: list[Device] = []
     for device in topology.devices:
         is_apart = not any(set(device.cores) & set(other.cores) for other in devices)
@@ -146,11 +141,8 @@ def add_slowdown(
         cache.write("profile", name, ratios)
     raised = dict(overheads)
     for device, (forward, backward) in zip(devices, ratios, strict=True):
-        fixed, own = overheads[device.name], times[device.name].values()
         raised[device.name] = dataclasses.replace(
-            fixed,
-            contended_forward_s=(forward - 1) * sum(time.forward_s for time in own) / len(devices),
-            contended_backward_s=(backward - 1) * sum(time.backward_s for time in own) / len(devices),
+            overheads[device.name], contended_forward=forward, contended_backward=backward
         )
     return raised
 

@@ -232,6 +232,11 @@ class Placed:
             x = stage(x, context or {})
         return x
 
+    @property
+    def config(self) -> Any:
+        """The model's own; None where it has none."""
+        return getattr(self._model, "config", None)
+
     def new_cache(self, batch_size: int) -> list[Cache]:
         """The caches of all stages, for `decode`."""
         return [stage.new_cache(batch_size) for stage in self.stages]

@@ -184,6 +184,18 @@ def quick(folder, train=(), **changes):
     return config
 
 
+@pytest.mark.parametrize("damage", [{"interval_s": [1]}, {"stages": 3}, {"stages": [{"layers": 3}]}])
+def test_a_damaged_plan_is_named(finished, tmp_path, damage):
+    plans = tmp_path / "plans"
+    for arm in ("baseline", "hybrid", "twin"):
+        (plans / "arms" / arm).mkdir(parents=True)
+        content = read(finished.out / "arms" / arm / "plan.json") | damage
+        (plans / "arms" / arm / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(experiments.RunFolderError, match=r"baseline.plan\.json is no plan"):
+        experiments.run(settings(tmp_path), out=tmp_path / "out", plans=plans)
+    assert not (tmp_path / "out").exists()
+
+
 def test_plans_come_without_the_learning_rates_of_their_run(finished, tmp_path):
     config = quick(tmp_path, {"learning_rate": 3e-2, "tuning": "by hand, on the test split"})
     run = experiments.run(config, out=tmp_path / "out", plans=finished.out)

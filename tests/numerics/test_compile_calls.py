@@ -302,6 +302,16 @@ def test_an_output_whose_memory_was_moved_is_not_used_again(move: Callable[[Tens
         assert torch.equal(y, x * 2)
 
 
+def test_an_output_of_which_only_the_storage_is_held_is_not_used_again() -> None:
+    function = torch.compile(lambda x: x * 2, backend="opencl", options={"device": DEVICE})
+    y = function(torch.ones(3))
+    storage = y.untyped_storage()
+    del y
+    later = function(7 * torch.ones(3))
+    assert torch.tensor([]).set_(storage).tolist() == [2.0] * 3
+    assert later.tolist() == [14.0] * 3
+
+
 def test_a_slab_whose_memory_was_moved_is_not_used_again() -> None:
     block, reference = pair()
     compiled = compile_module(block, DEVICE)

@@ -58,8 +58,8 @@ def random_instance(seed: int, *, least_layers: int = 1, least_devices: int = 1)
 
 
 def _random_overhead(r: np.random.Generator) -> StageOverhead:
-    n_figures = 4 if r.random() < 0.5 else 2  # with or without those of contention
-    return StageOverhead(*map(float, r.random(n_figures) * 0.2))
+    fixed = map(float, r.random(2) * 0.2)
+    return StageOverhead(*fixed, *map(float, 1 + r.random(2))) if r.random() < 0.5 else StageOverhead(*fixed)
 
 
 def _random_device(r: np.random.Generator, name: str) -> Device:
@@ -89,13 +89,10 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
         return math.inf
     forward, backward, used = dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0)
     figures = {n: x.costs.overheads.get(n, StageOverhead()) for n in devices}
-    slowed = {n for n, one in figures.items() if one.contended_forward_s is not None and x.objective != "latency"}
+    slowed = {n for n, one in figures.items() if one.contended_forward is not None and x.objective != "latency"}
     for name, first, stop in zip(devices, cuts, cuts[1:], strict=False):
         overhead = figures[name]
         forward[name], backward[name] = overhead.forward_s, overhead.backward_s
-        if name in slowed and len(slowed) >= 2:
-            forward[name] += overhead.contended_forward_s
-            backward[name] += overhead.contended_backward_s
         for layer in x.costs.layers[first:stop]:
             is_allowed = layer.apis is None or device[name].api in layer.apis
             if name not in layer.times or not is_allowed or x.pins.get(layer.name, name) != name:
@@ -104,6 +101,9 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
             backward[name] += layer.times[name].backward_s
             used[name] += layer.parameter_bytes + math.ceil(x.costs.optimizer_factor * layer.trainable_bytes)
             used[name] += m * layer.saved_bytes
+        if name in slowed and len(slowed) >= 2:
+            forward[name] *= overhead.contended_forward
+            backward[name] *= overhead.contended_backward
     pool = [d for d in x.topology.devices if d.memory_pool]
     fits = all(used[n] <= x.max_memory.get(n, device[n].memory_bytes) for n in devices)
     in_pool = sum(used[n] for n in devices if device[n].memory_pool)

@@ -41,7 +41,18 @@ def test_a_used_folder_is_refused(tmp_path, files, expected):
 def test_what_a_kill_leaves_before_the_start_is_no_run(tmp_path):
     for name in (".lock", "environment.json"):
         (tmp_path / name).write_text("{}")
+    plan = tmp_path / "arms" / "baseline" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text("{}")
     record.refuse_used(tmp_path)
+    assert not plan.exists()  # a run makes its own, or is given them again
+
+
+def test_arms_with_more_than_plans_are_a_run(tmp_path):
+    (tmp_path / "arms" / "baseline" / "seed-0").mkdir(parents=True)
+    (tmp_path / "arms" / "baseline" / "seed-0" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        record.refuse_used(tmp_path)
 
 
 def test_a_locked_folder_names_the_process(tmp_path):

@@ -108,6 +108,8 @@ def test_no_tokens_asked_gives_the_prompt() -> None:
         (torch.zeros(1, 1, dtype=torch.int64), {"n": -1}, "n is out of range"),
         (torch.zeros(1, 1, dtype=torch.int64), {"temperature": -0.1}, "temperature"),
         (torch.zeros(1, 1, dtype=torch.int64), {"top_k": 0}, "top_k"),
+        (torch.zeros(1, 1, dtype=torch.int64), {"seq_len": 11}, "seq_len is out of range"),
+        (torch.zeros(1, 1, dtype=torch.int64), {"seq_len": 0}, "seq_len is out of range"),
     ],
 )
 def test_what_can_t_be_generated_is_an_error(tokens: torch.Tensor, settings: dict[str, float], text: str) -> None:

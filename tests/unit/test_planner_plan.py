@@ -426,3 +426,33 @@ def test_more_devices_than_the_solver_takes_are_refused():
     devices = tuple(Device(f"d{k}", "cpu", "cpu", 2**33) for k in range(49))
     costs = Costs((layer("a", {device.name: (1.0, 1.0) for device in devices}),), 8)
     assert "49 devices are too many" in refusal(costs, Topology(devices))
+
+
+def rivals(*names):
+    return Topology(tuple(Device(name, "cpu", "cpu", 2**40) for name in names), (Link("*", "*", 0.0, 1e18),))
+
+
+SLOW = StageOverhead(0.0, 0.0, 3.0, 1.0)  # a forward pass takes three times as long beside another such device
+
+
+def test_devices_that_slow_each_other_are_charged_for_it_only_together():
+    layers = [layer(f"l{i}", {"a": (0.001, 0.0), "b": (0.001, 0.0)}) for i in range(4)]
+    costs, topology = Costs(tuple(layers), 4, {"a": SLOW, "b": SLOW}), rivals("a", "b")
+    assert evaluate([("a", 0, 3)], costs, topology).value == pytest.approx(0.004 + 3 * 0.004)
+    both = evaluate([("a", 0, 1), ("b", 2, 3)], costs, topology)
+    assert both.value == pytest.approx(3 * (0.004 + 3 * 0.002))
+    apart = evaluate([("a", 0, 0), ("b", 1, 1), ("a", 2, 2), ("b", 3, 3)], costs, topology)
+    assert apart.value == pytest.approx(both.value)  # the same work, whatever the number of stages
+    best = plan(costs, topology)
+    assert best.value == pytest.approx(0.016)
+    assert len(best.stages) == 1
+    assert best.proof == "optimal"
+
+
+def test_of_equally_fast_throughputs_the_one_of_least_latency_is_taken():
+    ends = {"a": (0.001, 0.0), "b": (0.001, 0.0)}
+    layers = (layer("l0", ends), layer("circuit", {"q": (0.050, 0.0)}), layer("l2", ends))
+    costs = Costs(layers, 2, {"a": SLOW, "b": SLOW})
+    best = plan(costs, rivals("a", "b", "q"), objective="throughput", contiguous=False)
+    assert best.value == pytest.approx(0.050)
+    assert sum(stage.forward_s for stage in best.stages) == pytest.approx(0.052)  # 0.056 on a and b both

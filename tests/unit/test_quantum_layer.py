@@ -133,13 +133,13 @@ def test_more_qubits_than_memory_name_bytes_needed_and_free():
 
 
 def test_a_control_groups_limit_bounds_what_is_free(tmp_path, monkeypatch):
-    limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_GROUPS", ((str(limit), str(used)),))
-    used.write_text("1000000\n")
-    limit.write_text("max\n")
+    monkeypatch.setattr(memory, "_GROUPS", ((str(tmp_path), "max", "current", "active_file", "inactive_file"),))
+    (tmp_path / "current").write_text("5000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000\nactive_file 1500000\ninactive_file 2500000\n")
+    (tmp_path / "max").write_text("max\n")
     without = memory.free_bytes()
-    limit.write_text("3000000\n")
-    assert memory.free_bytes() == 2_000_000 < without
+    (tmp_path / "max").write_text("3000000\n")
+    assert memory.free_bytes() == 2_000_000 < without  # the cache of files can be taken back
     with pytest.raises(quantum.QuantumError, match="at most 13 qubits"):  # 2 MB / 11 states of 16 B
         quantum.QuantumLayer(14, 1)
 
