@@ -56,15 +56,17 @@ class StageOverhead:
     Attributes:
         forward_s: of a forward call [s].
         backward_s: of a backward call [s].
-        contended_forward: how many times as long a forward pass takes where a plan gives stages to another device
-            that has these two figures as well, so that both compute at the same time; None: not known, or not so.
+        contended_forward: how many times as long a forward pass takes where a plan also gives stages to a device of
+            another crew that has these figures, so that both compute at the same time; None: not known, or not so.
         contended_backward: likewise.
+        crew: devices of one crew take turns on a core; None: the device is a crew of its own.
     """
 
     forward_s: float = 0.0
     backward_s: float = 0.0
     contended_forward: float | None = None
     contended_backward: float | None = None
+    crew: str | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class Device:
         """The inverse of `to_json`."""
         return cls(**{**data, "cores": tuple(data.get("cores", ()))})
 
+    def shares_core(self, other: Device) -> bool:
+        """Whether both compute on one core of the host."""
+        return not set(self.cores).isdisjoint(other.cores)
+
     def overlaps(self, other: Device) -> bool:
         """Whether both names denote the same hardware: a device and its own sub-device."""
         return self.name != other.name and (

@@ -146,13 +146,13 @@ def _transfers(stages: Placement, costs: Costs, topology: Topology) -> tuple[Pla
 
 
 def _factors(devices: Sequence[str], costs: Costs, objective: str) -> dict[str, tuple[float, float]]:
-    """How many times as long forward and backward passes take on each device: above 1 where two slow each other.
+    """How many times as long forward and backward passes take on each device: above 1 where two crews are at work.
 
     For the latency of a single micro-batch only one device computes at a time.
     """
     fixed = {device: costs.overheads.get(device, StageOverhead()) for device in devices}
-    rivals = [device for device in fixed if fixed[device].contended_forward is not None]
-    if len(rivals) < 2 or objective == "latency":
+    crews = {one.crew or device for device, one in fixed.items() if one.contended_forward is not None}
+    if len(crews) < 2 or objective == "latency":
         return dict.fromkeys(fixed, (1.0, 1.0))
     return {device: (one.contended_forward or 1.0, one.contended_backward or 1.0) for device, one in fixed.items()}
 

@@ -21,7 +21,7 @@ from hetero.errors import DeviceError, PlacementError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hetero.cost import Costs, LayerCost, StageOverhead
+    from hetero.cost import Costs, LayerCost
     from hetero.device import Device
     from hetero.topology import Topology
 
@@ -60,8 +60,8 @@ class Problem:
         forward: (L, D) time of one micro-batch [s]; infinite: the device can't run the layer.
         backward: (L, D) likewise; finite wherever `forward` is.
         overhead: (D, 2) fixed time of a stage's forward and backward call [s].
-        contention: (D, 2) how many times as long passes take where two of `contended` are used.
-        contended: devices that slow each other.
+        contention: (D, 2) how many times as long passes take where devices of two `crews` are used.
+        crews: devices that slow those of the others.
         nbytes: (L,) memory that a layer fills on its device [B].
         latency: (D, D) time of an empty transfer [s]; infinite: no link.
         inverse_bandwidth: (D, D) [s/B].
@@ -81,7 +81,7 @@ class Problem:
     backward: Floats
     overhead: Floats
     contention: Floats
-    contended: tuple[int, ...]
+    crews: tuple[tuple[int, ...], ...]
     nbytes: NDArray[np.int64]
     latency: Floats
     inverse_bandwidth: Floats
@@ -106,17 +106,17 @@ class Problem:
     def cases(self) -> list[Problem]:
         """Problems without contention; each placement costs as much in the cheapest one as it does here.
 
-        One where contention is always charged, and for each contended device one where the others can run nothing.
+        One where contention is always charged, and for each crew one where the others can run nothing.
         """
-        if len(self.contended) < 2:
+        if len(self.crews) < 2:
             return [self]
-        plain = dataclasses.replace(self, contention=np.ones_like(self.contention), contended=())
+        plain = dataclasses.replace(self, contention=np.ones_like(self.contention), crews=())
         forward, backward = self.forward * self.contention[:, 0], self.backward * self.contention[:, 1]
         overhead = self.overhead * self.contention
         result = [dataclasses.replace(plain, forward=forward, backward=backward, overhead=overhead)]
-        for device in self.contended:
+        for crew in self.crews:
             forward = self.forward.copy()
-            forward[:, [other for other in self.contended if other != device]] = np.inf
+            forward[:, [device for other in self.crews if other != crew for device in other]] = np.inf
             result.append(dataclasses.replace(plain, forward=forward))
         return result
 
@@ -178,7 +178,7 @@ def build(
         contention=np.array(
             [(o.contended_forward or 1.0, o.contended_backward or 1.0) if o else (1.0, 1.0) for o in overheads]
         ),
-        contended=tuple(d for d, o in enumerate(overheads) if o and _is_contended(o) and objective != "latency"),
+        crews=() if objective == "latency" else _crews(devices, costs),
         nbytes=nbytes,
         latency=latency,
         inverse_bandwidth=inverse_bandwidth,
@@ -191,8 +191,13 @@ def build(
     )
 
 
-def _is_contended(overhead: StageOverhead) -> bool:
-    return overhead.contended_forward is not None
+def _crews(devices: Sequence[Device], costs: Costs) -> tuple[tuple[int, ...], ...]:
+    crews: dict[str, list[int]] = {}
+    for d, device in enumerate(devices):
+        overhead = costs.overheads.get(device.name)
+        if overhead is not None and overhead.contended_forward is not None:
+            crews.setdefault(overhead.crew or device.name, []).append(d)
+    return tuple(map(tuple, crews.values()))
 
 
 def layer_bytes(layer: LayerCost, costs: Costs) -> int:

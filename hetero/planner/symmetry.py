@@ -63,7 +63,7 @@ def _interchangeable(problem: Problem, u: int, v: int) -> bool:
         return False
     if not all(np.array_equal(table[u], table[v]) for table in (problem.overhead, problem.contention)):
         return False
-    if (u in problem.contended) != (v in problem.contended):
+    if any((u in crew) != (v in crew) for crew in problem.crews):
         return False
     for table in (problem.latency, problem.inverse_bandwidth):
         outward = np.array_equal(table[u, others], table[v, others])

@@ -126,25 +126,42 @@ def add_slowdown(
     *,
     refresh: bool,
 ) -> dict[str, StageOverhead]:
-    """The fixed times, with how many times as long a pass takes on each device while all of them compute."""
-    devices: list[Device] = []
-    for device in topology.devices:
-        is_apart = not any(set(device.cores) & set(other.cores) for other in devices)
-        if not device.simulated and is_apart and len(_longest_run(chain, device)) > 1:
-            devices.append(device)
-    if len(devices) < 2:
+    """The fixed times, with how many times as long a pass takes on each device while others compute.
+
+    First all devices at once that have cores of their own. Then each of the rest, which shares a core with one of them,
+    against those with which it doesn't; it belongs to the crew of the one whose core it shares.
+    """
+    real = [device for device in topology.devices if not device.simulated and _longest_run(chain, device)]
+    apart: list[Device] = []
+    for device in real:
+        if len(_longest_run(chain, device)) > 1 and not any(map(device.shares_core, apart)):
+            apart.append(device)
+    if len(apart) < 2:
         return overheads
+    ratios = _ratios(chain, apart, n_microbatches, refresh=refresh)
+    found = {device.name: (ratio, device.name) for device, ratio in zip(apart, ratios, strict=True)}
+    for device in real:
+        hosts = [other for other in apart if device.shares_core(other)]
+        rivals = [other for other in apart if other not in hosts]
+        if device not in apart and hosts and rivals:
+            ratio, *_ = _ratios(chain, [device, *rivals], n_microbatches, refresh=refresh)
+            found[device.name] = ratio, hosts[0].name
+    return overheads | {
+        name: dataclasses.replace(overheads[name], contended_forward=forward, contended_backward=backward, crew=crew)
+        for name, ((forward, backward), crew) in found.items()
+    }
+
+
+def _ratios(
+    chain: list[Layer], devices: list[Device], n_microbatches: int, *, refresh: bool
+) -> list[tuple[float, float]]:
+    """Of each device while all of them compute, from the cache or measured."""
     name = cache.key("slowdown", [_machine(device) for device in devices], _shapes(chain), n_microbatches)
     ratios = None if refresh else cache.read("profile", name, lambda stored: _pairs(stored, len(devices)))
     if ratios is None:
         ratios = _slowdown(chain, devices, n_microbatches)
         cache.write("profile", name, ratios)
-    raised = dict(overheads)
-    for device, (forward, backward) in zip(devices, ratios, strict=True):
-        raised[device.name] = dataclasses.replace(
-            overheads[device.name], contended_forward=forward, contended_backward=backward
-        )
-    return raised
+    return ratios
 
 
 def _fixed_time(stored: Any) -> StageOverhead:

@@ -59,7 +59,9 @@ def random_instance(seed: int, *, least_layers: int = 1, least_devices: int = 1)
 
 def _random_overhead(r: np.random.Generator) -> StageOverhead:
     fixed = map(float, r.random(2) * 0.2)
-    return StageOverhead(*fixed, *map(float, 1 + r.random(2))) if r.random() < 0.5 else StageOverhead(*fixed)
+    if r.random() < 0.4:
+        return StageOverhead(*fixed)
+    return StageOverhead(*fixed, *map(float, 1 + r.random(2)), crew="x" if r.random() < 0.3 else None)
 
 
 def _random_device(r: np.random.Generator, name: str) -> Device:
@@ -90,6 +92,7 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
     forward, backward, used = dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0.0), dict.fromkeys(devices, 0)
     figures = {n: x.costs.overheads.get(n, StageOverhead()) for n in devices}
     slowed = {n for n, one in figures.items() if one.contended_forward is not None and x.objective != "latency"}
+    n_crews = len({figures[n].crew or n for n in slowed})
     for name, first, stop in zip(devices, cuts, cuts[1:], strict=False):
         overhead = figures[name]
         forward[name], backward[name] = overhead.forward_s, overhead.backward_s
@@ -101,7 +104,7 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
             backward[name] += layer.times[name].backward_s
             used[name] += layer.parameter_bytes + math.ceil(x.costs.optimizer_factor * layer.trainable_bytes)
             used[name] += m * layer.saved_bytes
-        if name in slowed and len(slowed) >= 2:
+        if name in slowed and n_crews >= 2:
             forward[name] *= overhead.contended_forward
             backward[name] *= overhead.contended_backward
     pool = [d for d in x.topology.devices if d.memory_pool]

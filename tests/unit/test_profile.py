@@ -226,6 +226,23 @@ def test_what_devices_take_from_each_other_is_charged_to_their_stages(monkeypatc
     assert (both.overheads["cpu"].contended_forward, both.overheads["cpu"].contended_backward) == (1.5, 1.25)
 
 
+def test_a_device_that_shares_a_core_is_compared_with_the_others_and_joins_the_crew(monkeypatch):
+    compared: list[list[str]] = []
+
+    def ratios(workers, *_):
+        compared.append([worker.device.name for worker in workers])
+        return [(1.0 + len(compared), 1.0)] * len(workers)
+
+    monkeypatch.setattr(calibration, "slowdown", ratios)
+    if CPU.cores == FAKE.cores:
+        pytest.skip("one core: nothing runs at the same time")
+    aer = Device(**{**AER.to_json(), "cores": CPU.cores})
+    overheads = run(Quick(), Quick(), Quantum(), devices=(CPU, FAKE, aer)).overheads
+    assert compared == [["cpu", FAKE.name], ["aer", FAKE.name]]
+    found = {name: (one.contended_forward, one.crew) for name, one in overheads.items()}
+    assert found == {"cpu": (2.0, "cpu"), FAKE.name: (2.0, FAKE.name), "aer": (3.0, "cpu")}
+
+
 def test_devices_on_the_same_cores_are_not_said_to_slow_each_other(monkeypatch):
     monkeypatch.setattr(calibration, "slowdown", lambda *_: pytest.fail("compared"))
     run(Quick(), Quick(), devices=(CPU, Device(**{**FAKE.to_json(), "cores": CPU.cores})))
