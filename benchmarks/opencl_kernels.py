@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
+from common import write
 
 from hetero.opencl import kernels as K  # noqa: N812
 from hetero.opencl.ir import Launch, Root, View
@@ -30,6 +34,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.device = open_device("opencl:0.1" if any(d.subindex for d in list_devices()) else "opencl:0")
+        self.figures: dict[str, dict[str, float]] = {}
 
     def view(self, tensor: torch.Tensor) -> View:
         """The tensor as a view of a constant."""
@@ -53,6 +58,7 @@ class Bench:
         ]
         own, other = (min(t[i] for t in times) for i in (0, 1))
         self.device._buffers.clear()
+        self.figures[name] = {"own_s": own, "torch_s": other, "own_over_torch": own / other}
         print(f"{name:40s} {own * 1e6:9.1f} us   torch {other * 1e6:9.1f} us   ratio {own / other:.2f}", flush=True)
 
 
@@ -168,6 +174,8 @@ def _attention(bench: Bench, B: int, H: int, T: int, E: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or ["gemm", "rows", "attention"]
-    for part in wanted:
-        {"gemm": gemm, "rows": rows, "attention": attention}[part](Bench())
+    bench = Bench()
+    for part in sys.argv[1:] or ["gemm", "rows", "attention"]:
+        {"gemm": gemm, "rows": rows, "attention": attention}[part](bench)
+    command = " ".join(["OMP_NUM_THREADS=1 python benchmarks/opencl_kernels.py", *sys.argv[1:]])
+    print(write("opencl_kernels", command, {"device": bench.device.name, "kernels": bench.figures}))
