@@ -159,8 +159,7 @@ def _execute(setting: Setting, folder: Path) -> RunResult:
             except hetero.PlacementError as error:
                 raise planning.placed_error(setting.loaded, ("plan",), error) from error
             results = {arm: _train(around, arm, plans[arm]) for arm in arms}
-            split = setting.config.comparison.metric.removesuffix("_loss")
-            content = summary.summarise(setting, results, plans, times, floors=floors[split], tuning=tuning)
+            content = summary.summarise(setting, results, plans, times, floors=floors, tuning=tuning)
             record.write_json(folder / "summary.json", content)
             report.write(folder)
     finally:

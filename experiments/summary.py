@@ -28,7 +28,7 @@ def summarise(
     plans: Mapping[str, hetero.Plan],
     times: Mapping[str, Sequence[StepTime]],
     *,
-    floors: Mapping[str, float],
+    floors: Mapping[str, Mapping[str, float]],
     tuning: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `summary.json`.
@@ -38,11 +38,12 @@ def summarise(
         results: arm -> seed -> what `training.train_seed` returned.
         plans: arm -> plan.
         times: arm -> predicted and measured step times, the plan's first.
-        floors: `unigram`, `bigram` on the split of the metric [nat/token].
+        floors: split -> `unigram`, `bigram` [nat/token].
         tuning: where the learning rates come from.
     """
     config = setting.config
     settings = config.comparison
+    floor = floors[settings.metric.removesuffix("_loss")]
     losses = {
         arm: {seed: result[settings.metric] for seed, result in by_seed.items()} for arm, by_seed in results.items()
     }
@@ -59,11 +60,12 @@ def summarise(
         "unit": UNIT,
         "margin": settings.margin,
         "alpha": settings.alpha,
-        "floors": dict(floors),
+        "floors": dict(floor),
+        "floors_by_split": {split: dict(values) for split, values in floors.items()},
         "data": _data(setting),
         "arms": {arm: _arm(setting, arm, results[arm], plans[arm], times[arm]) for arm in results},
         "comparisons": [one.to_json() for one in compared],
-        "verdict": comparison.overall_verdict(compared, means, floors, unit=UNIT),
+        "verdict": comparison.overall_verdict(compared, means, floor, unit=UNIT),
         "tuning": dict(tuning),
     }
 

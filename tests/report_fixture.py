@@ -66,6 +66,10 @@ def write_run(
         "unit": "nat/token",
         "margin": margin,
         "floors": {"unigram": 3.1184, "bigram": 2.4629},
+        "floors_by_split": {
+            "val": {"unigram": 3.2184, "bigram": 2.5629},
+            "test": {"unigram": 3.1184, "bigram": 2.4629},
+        },
         "data": {
             "name": "topics",
             "sha256": "0f3a5c" * 10 + "9b1d",

@@ -113,10 +113,12 @@ def overlay(run: Run, styles: Mapping[str, Style], split: str, *, wide: bool) ->
     if not arms:
         return None
     width, height, left, right = (920, 380, 48, 96) if wide else (360, 300, 40, 12)
-    x, y = _loss_scales([arm.curves[split] for arm in arms], floors(run), (left, width - right), (height - 44, 30))
+    x, y = _loss_scales(
+        [arm.curves[split] for arm in arms], floors(run, split), (left, width - right), (height - 44, 30)
+    )
     title = f"{metric_title(split + '_loss')} [{run.unit}]"
     parts = [charts.y_axis(y, left, width - right, title=title), charts.x_axis(x, height - 44, 30, title="step")]
-    parts += [floor_line(name, value, y, left, width - right) for name, value in floors(run).items()]
+    parts += [floor_line(name, value, y, left, width - right) for name, value in floors(run, split).items()]
     means = {arm.name: mean_curve(arm.curves[split]) for arm in arms}
     parts += [_curves(arm.curves[split], means[arm.name], styles[arm.name], x, y) for arm in arms]
     if wide:
@@ -163,7 +165,7 @@ def small_multiples(run: Run, styles: Mapping[str, Style], split: str) -> list[M
     if not arms:
         return []
     width, height, left = 300, 210, 38
-    x, y = _loss_scales([arm.curves[split] for arm in arms], floors(run), (left, width - 14), (height - 40, 40))
+    x, y = _loss_scales([arm.curves[split] for arm in arms], floors(run, split), (left, width - 14), (height - 40, 40))
     reference = next((mean_curve(arm.curves[split]) for arm in arms if arm.name == "baseline"), None)
     figures = []
     for arm in arms:
@@ -175,7 +177,7 @@ def small_multiples(run: Run, styles: Mapping[str, Style], split: str) -> list[M
             charts.y_axis(y, left, width - 14, title="", about=4),
             charts.x_axis(x, height - 40, 40, title="step", about=4),
             _curves(curves, mean_curve(curves), style, x, y),
-            *(floor_line(name, value, y, left, width - 14) for name, value in floors(run).items()),
+            *(floor_line(name, value, y, left, width - 14) for name, value in floors(run, split).items()),
         ]
         if reference and arm.name != "baseline":
             dotted = charts.path([*map(x, reference.steps)], [*map(y, reference.losses)], "reference")
@@ -188,9 +190,10 @@ def small_multiples(run: Run, styles: Mapping[str, Style], split: str) -> list[M
     return figures
 
 
-def floors(run: Run) -> dict[str, float]:
-    """Name -> loss of the n-gram models."""
-    return {str(k): float(v) for k, v in table(run.summary, "floors").items() if units.is_number(v)}
+def floors(run: Run, split: str = "") -> dict[str, float]:
+    """Name -> loss of the n-gram models on a split, unless one is named on that of the run's metric."""
+    found = table(table(run.summary, "floors_by_split"), split) if split else table(run.summary, "floors")
+    return {str(k): float(v) for k, v in found.items() if units.is_number(v)}
 
 
 def _loss_scales(

@@ -94,6 +94,7 @@ def test_the_summary_follows_from_the_metrics(finished):
     assert summary["comparisons"][0]["difference"] == pytest.approx(difference)
     assert "too few seeds for a claim (n = 2 < 10)" in summary["verdict"]
     assert summary["floors"]["bigram"] < summary["floors"]["unigram"]
+    assert summary["floors"] == summary["floors_by_split"]["test"] != summary["floors_by_split"]["val"]
 
 
 def test_circuits_are_counted_as_a_processor_would_run_them(finished):
