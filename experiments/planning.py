@@ -94,21 +94,22 @@ def read_plan(setting: Setting, file: Path) -> hetero.Plan:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunFolderError(f"{file} is no plan: {type(error).__name__}: {error}") from None
     here = {device.name for device in setting.topology.devices}
-    pairs = {
-        "layers": (list(placed), layer_names(config.model)),
-        "n_microbatches": (plan.n_microbatches, config.plan.n_microbatches),
-        "objective": (plan.objective, config.plan.objective),
-        "pins": ({layer: placed.get(layer) for layer in config.plan.pins}, config.plan.pins),
-        "devices": (used, [device for device in used if device in here]),
+    found = {
+        "layers": list(placed),
+        "n_microbatches": plan.n_microbatches,
+        "objective": plan.objective,
+        "pins": {layer: placed.get(layer) for layer in config.plan.pins},
+        "devices": used,
     }
-    differ = [key for key, (found, expected) in pairs.items() if found != expected]
-    if differ:
-        raise RunFolderError(
-            f"{file} was made for another configuration: {', '.join(differ)}",
-            found="; ".join(f"{key} {pairs[key][0]}" for key in differ),
-            expected="; ".join(f"{key} {pairs[key][1]}" for key in differ),
-            remedy="let a new run make its own plans, or set what differs as it was",
-        )
+    expected = {
+        "layers": layer_names(config.model),
+        "n_microbatches": config.plan.n_microbatches,
+        "objective": config.plan.objective,
+        "pins": config.plan.pins,
+        "devices": [device for device in used if device in here],
+    }
+    remedy = "let a new run make its own plans, or set what differs as it was"
+    record.refuse_other(file, found, expected, remedy=remedy)
     return plan
 
 
@@ -191,11 +192,9 @@ def _check_circuit(loaded: Loaded) -> None:
     config = loaded.config
     if config.quantum is None or not {"hybrid", "frozen"} & set(config.arms):
         return
-    n_shifted = (
-        0 if config.quantum.shots is None else config.quantum.n_qubits * (1 + 3 * config.quantum.n_circuit_layers)
-    )
+    circuit = config.quantum
     try:
-        quantum.check_memory(config.quantum.n_qubits, n_shifted=n_shifted)
+        quantum.check_circuit(circuit.n_qubits, circuit.n_circuit_layers, ansatz=circuit.ansatz, shots=circuit.shots)
     except quantum.QuantumError as error:
         raise placed_error(loaded, ("quantum", "n_qubits"), error) from error
 

@@ -88,6 +88,22 @@ def refuse_used(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not empty", found=shown, remedy="choose another folder with --out DIR")
 
 
+def refuse_other(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any], *, remedy: str) -> None:
+    """Refuse a record that was made for other settings than those of now.
+
+    Raises:
+        RunFolderError: names the keys that differ, with both values.
+    """
+    keys = [key for key in dict.fromkeys([*expected, *found]) if found.get(key) != expected.get(key)]
+    if keys:
+        raise RunFolderError(
+            f"{file} was made for another configuration: {', '.join(keys)}",
+            found="; ".join(f"{key}={found.get(key)!r}" for key in keys),
+            expected="; ".join(f"{key}={expected.get(key)!r}" for key in keys),
+            remedy=remedy,
+        )
+
+
 @contextlib.contextmanager
 def undone_if_refused(folder: Path) -> Iterator[None]:
     """Empty the folder when the user's mistake comes to light inside, so that the corrected command can use it.

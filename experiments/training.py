@@ -16,7 +16,7 @@ import hetero
 import lm
 from experiments import arms, record, usage
 from experiments.cost import Meter
-from experiments.errors import RunFolderError, RunInterruptedError
+from experiments.errors import RunInterruptedError
 from hetero import trace
 from hetero.schedule import simulate
 from lm import checkpoint
@@ -67,7 +67,9 @@ def train_seed(around: Surroundings, arm: str, seed: int, plan: hetero.Plan) -> 
     record.make_folder(folder)
     status_file = folder / "status.json"
     if status_file.exists() and (status := record.read_json(status_file))["status"] == "complete":
-        _refuse_others(status_file, status.get("config", {}), checkpoint_config(around.setting, arm, seed))
+        remedy = "put configuration and text back as they were, or start a new run with --out DIR"
+        now = checkpoint_config(around.setting, arm, seed)
+        record.refuse_other(status_file, status.get("config", {}), now, remedy=remedy)
         result: dict[str, Any] = status["result"]
         return result
     training = _Training(around, arm, seed, plan)
@@ -97,18 +99,6 @@ def checkpoint_config(setting: Setting, arm: str, seed: int) -> dict[str, Any]:
         del flat[f"train.{name}"]
     flat |= {"data.sha256": setting.corpus.sha256, "plan.n_microbatches": config.plan.n_microbatches}
     return flat | {"arm": arm, "seed": seed}
-
-
-def _refuse_others(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise unless a finished training was made of what the configuration says now."""
-    keys = [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
-    if keys:
-        raise RunFolderError(
-            f"{file} belongs to another configuration: {', '.join(keys)}",
-            found="; ".join(f"{key}={found.get(key)!r}" for key in keys),
-            expected="; ".join(f"{key}={expected.get(key)!r}" for key in keys),
-            remedy="put configuration and text back as they were, or start a new run with --out DIR",
-        )
 
 
 def train_config(config: Config, arm: str) -> lm.TrainConfig:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from quantum.bottleneck import Bottleneck as Bottleneck
     from quantum.bottleneck import TanhMLP as TanhMLP
     from quantum.layer import QuantumLayer as QuantumLayer
-    from quantum.memory import check_memory as check_memory
+    from quantum.layer import check_circuit as check_circuit
     from quantum.resources import count as count
     from quantum.resources import qpu_cost as qpu_cost
     from quantum.resources import totals as totals
@@ -27,7 +27,7 @@ _HOMES = {
     "Bottleneck": "bottleneck",
     "QuantumLayer": "layer",
     "TanhMLP": "bottleneck",
-    "check_memory": "memory",
+    "check_circuit": "layer",
     "count": "resources",
     "operation_counts": "state",
     "qpu_cost": "resources",

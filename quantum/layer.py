@@ -65,7 +65,7 @@ class QuantumLayer(nn.Module):
         _check(n_qubits, n_circuit_layers, simulator, shots)
         circuit.lookup("embedding", embedding, circuit.EMBEDDINGS)
         shape = circuit.weight_shape(ansatz, n_qubits, n_circuit_layers)
-        check_memory(n_qubits, n_shifted=0 if shots is None else n_qubits + math.prod(shape))
+        check_circuit(n_qubits, n_circuit_layers, ansatz=ansatz, shots=shots)
         self.n_qubits, self.n_circuit_layers, self.simulator, self.shots = n_qubits, n_circuit_layers, simulator, shots
         self.embedding, self.ansatz, self.seed = embedding, ansatz, seed
         self.weights = nn.Parameter(2 * math.pi * torch.rand(shape, dtype=torch.float64, generator=generator))
@@ -161,6 +161,16 @@ class QuantumLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._execution = Execution(self)
+
+
+def check_circuit(n_qubits: int, n_circuit_layers: int, *, ansatz: str, shots: int | None) -> None:
+    """Refuse a circuit before a layer is built of it, if its states and gradients don't fit into memory.
+
+    Raises:
+        MemoryExceededError: needed and free bytes.
+    """
+    n_angles = n_qubits + math.prod(circuit.weight_shape(ansatz, n_qubits, n_circuit_layers))
+    check_memory(n_qubits, n_shifted=0 if shots is None else n_angles)
 
 
 def _check(n_qubits: int, n_circuit_layers: int, simulator: str, shots: int | None) -> None:
