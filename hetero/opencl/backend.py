@@ -36,7 +36,7 @@ from hetero.errors import HeteroError
 from hetero.opencl.errors import CompileError
 from hetero.opencl.expressions import RULES
 from hetero.opencl.graph import CompiledGraph, fallbacks
-from hetero.opencl.lower_ops import HANDLERS
+from hetero.opencl.handlers import HANDLERS
 from hetero.opencl.program import open_device
 from hetero.opencl.steps import VIEW_OPS
 

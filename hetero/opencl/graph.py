@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from hetero.opencl.frame import Plan
+from hetero.opencl.handlers import HANDLERS
 from hetero.opencl.lower import Lowering
-from hetero.opencl.lower_ops import HANDLERS
 from hetero.opencl.program import Device, open_device
 from hetero.opencl.steps import HostStep
 

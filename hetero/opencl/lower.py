@@ -2,7 +2,7 @@
 
 Nodes are taken in order. A view operation only makes a new `View`. An elementwise operation is remembered (`Pointwise`)
 and computed when something else needs it stored, with all that it reads and nobody has stored yet: `fuse.build`. A hot
-operation maps to a hand-written kernel (lower_ops.py); those that can add a residual are remembered as well
+operation maps to a hand-written kernel (handlers/); those that can add a residual are remembered as well
 (`Deferred`), so that a following addition goes into the kernel. Whether a kernel takes an operation is asked before
 anything is remembered, so nothing ever has to be undone.
 
