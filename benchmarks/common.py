@@ -19,17 +19,26 @@ RESULTS = Path(__file__).parent / "results"
 _VERSIONS = ("torch", "pyopencl", "pocl-binary-distribution", "pennylane", "qiskit-aer", "numpy")
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], *, repetitions: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Times [s] of every side, one call of each in turn, so that a slow moment of the machine hits all alike."""
-    for _ in range(warm_up):
-        for run in sides.values():
-            run()
+def interleaved(
+    sides: dict[str, Callable[[], Any]],
+    *,
+    repetitions: int,
+    warm_up: int = 3,
+    between: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times [s] of every side, one call of each in turn, so that a slow moment of the machine hits all alike.
+
+    `between` runs after every call and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repetitions):
+    for i in range(warm_up + repetitions):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            elapsed = time.perf_counter() - start
+            if i >= warm_up:
+                times[name].append(elapsed)
+            between()
     return times
 
 

@@ -37,6 +37,10 @@ def build(config: Config, arm: str, seed: int, vocab_size: int) -> lm.Transforme
         vocab_size=vocab_size,
         seq_len=config.model.seq_len,
         dropout=config.model.dropout,
+        d_ff=config.model.d_ff,
+        n_kv_head=config.model.n_kv_head,
+        norm_eps=config.model.norm_eps,
+        rope_base=config.model.rope_base,
     )
     model = lm.Transformer(size, generator=torch.Generator().manual_seed(seed))
     assert [name for name, _ in model.layers()] == layer_names(config.model)

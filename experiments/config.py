@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,17 +57,37 @@ class Data(Section):
 class Model(Section):
     """The transformer."""
 
-    family: Literal["gpt"] = "gpt"
+    family: Literal["gpt", "llama"] = "gpt"
+    """gpt: learned positions, LayerNorm, GELU; llama: rotary positions, RMSNorm, SwiGLU, no biases."""
     n_layer: Annotated[Whole, Field(ge=1, le=256)] = 2
     """Blocks of attention and MLP."""
     d_model: Annotated[Whole, Field(ge=1, le=16384)] = 64
     """Width of the residual stream."""
     n_head: Annotated[Whole, Field(ge=1, le=256)] = 4
     """Attention heads; divides d_model."""
+    n_kv_head: Annotated[Whole, Field(ge=1, le=256)] | None = None
+    """Heads of keys and values, each for several of queries; divides n_head; null: n_head."""
+    d_ff: Annotated[Whole, Field(ge=1, le=65536)] | None = None
+    """Width of the MLP; null: 4 d_model, in llama 8/3 d_model rounded up to a multiple of 8."""
+    norm_eps: Annotated[Real, Field(gt=0, le=1)] | None = None
+    """Added to the variance by norms; null: 1e-5."""
+    rope_base: Annotated[Real, Field(gt=0, le=1e12)] | None = None
+    """Base of the wavelengths of llama's rotary positions; null: 10000."""
     seq_len: Annotated[Whole, Field(ge=1, le=65536)] = 64
     """Tokens of context."""
     dropout: Fraction = 0.0
     """Share of activations that training sets to zero."""
+
+    @field_validator("family", mode="before")
+    @classmethod
+    def _refuse_encoders(cls, family: Any) -> Any:
+        if family == "bert":
+            raise PydanticCustomError(
+                "encoder",
+                "an experiment compares losses of the next token, which an encoder doesn't predict; "
+                "expected one of gpt, llama (or train it from Python: lm.train)",
+            )
+        return family
 
 
 class Quantum(Section):
@@ -238,6 +259,15 @@ def _model_rules(config: Config) -> Iterator[Complaint]:
     if model.d_model % model.n_head:
         paths = (("model", "n_head"), ("model", "d_model"))
         yield paths, f"{model.n_head} heads don't divide d_model = {model.d_model}"
+    elif model.family == "llama" and model.d_model // model.n_head % 2:
+        text = f"rotary positions need heads of even width, found {model.d_model // model.n_head}"
+        yield (("model", "n_head"), ("model", "d_model"), ("model", "family")), text
+    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
+        paths = (("model", "n_kv_head"), ("model", "n_head"))
+        yield paths, f"{model.n_kv_head} heads of keys and values don't divide n_head = {model.n_head}"
+    if model.rope_base is not None and model.family != "llama":
+        paths = (("model", "rope_base"), ("model", "family"))
+        yield paths, f"family '{model.family}' has no rotary positions; 'llama' does"
     if train.batch_size % plan.n_microbatches:
         paths = (("plan", "n_microbatches"), ("train", "batch_size"))
         yield paths, f"{plan.n_microbatches} micro-batches don't divide train.batch_size = {train.batch_size}"

@@ -8,6 +8,7 @@ Example:
         mean = placed.step(batch)
 """
 
+from hetero import opencl
 from hetero.cost import Costs, LayerCost, LayerTime, StageOverhead
 from hetero.device import Absence, Device
 from hetero.discovery import discover, measure
@@ -43,6 +44,7 @@ __all__ = [
     "evaluate",
     "given_plan",
     "measure",
+    "opencl",
     "place",
     "place_stages",
     "plan",

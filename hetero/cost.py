@@ -16,12 +16,18 @@ class LayerTime:
         backward_s: median of a backward pass [s], likewise.
         error: half width of the relative interval around both (0.1: +-10 %), from the spread of the repetitions.
         source: `profiled`, `roofline` or `given`.
+        call_bytes: what one micro-batch in flight keeps there as the layer is compiled for the device [B]; where it is
+            more than the layer's `saved_bytes`, it counts instead.
+        scratch_bytes: memory beside that which the layer needs on the device while it runs [B]. Layers of a stage share
+            it, so their sum is an upper bound.
     """
 
     forward_s: float
     backward_s: float
     error: float
     source: str
+    call_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True)

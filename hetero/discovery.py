@@ -46,7 +46,7 @@ def discover(names: Sequence[str] | None = None, subdevices: bool = True) -> Top
     for api, runtime in all_backends().items():
         found = [Device(**fields) for fields in runtime.devices(subdevices or names is not None)]
         devices += [_with_stored_measurement(device) for device in found]
-        if not found and (reason := runtime.absence()) is not None:
+        if (reason := runtime.absence()) is not None:  # of a part of it, if there are devices
             absences[api] = Absence(**reason)
     absences |= {
         api: absence for api, absence in _KNOWN_ELSEWHERE.items() if api not in all_backends().keys() | absences

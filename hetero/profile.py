@@ -47,7 +47,8 @@ def profile(
     layers, and what the layers lose when the other devices work at the same time (shared caches, memory and Python's
     lock). All of it is stored on disk by structure, shapes, devices, drivers and versions: it is measured once.
 
-    Saved bytes are what torch's autograd keeps on the host; on other devices they are an estimate.
+    Saved bytes are what torch's autograd keeps on the host. A backend that plans its memory says more: a layer's times
+    on an OpenCL device have the bytes of a call in flight and the scratch memory of its compiled graphs.
 
     Args:
         layers: of the chain, each called `module(x, context) -> x`.

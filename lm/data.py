@@ -39,7 +39,8 @@ class Batch(NamedTuple):
     Attributes:
         inputs: (B, T) int64.
         targets: (B, T) int64; -100: ignored.
-        context: tensors beside the activations, batch first; `dropout`: (B,) int64, in training with dropout only.
+        context: tensors beside the activations, batch first; `dropout`: (B,) int64, in training with dropout only. What
+            else a model takes: `lm/model.py`.
     """
 
     inputs: Tensor
@@ -177,7 +178,7 @@ def row_counters(seed: int, step: int, n_rows: int, purpose: int) -> NDArray[np.
     return x
 
 
-_OFFSET, _DROPOUT = 1, 2  # purposes: streams of numbers that have nothing to do with each other
+_OFFSET, _DROPOUT, MASKING = 1, 2, 3  # purposes: streams of numbers that have nothing to do with each other
 
 
 def _topics() -> str:

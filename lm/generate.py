@@ -60,6 +60,8 @@ def generate(
             new = tokens[:, -window:]
         else:
             new = tokens[:, used:]
+        # A slice has strides of the whole, which grows: graphs compiled for strides would never be met again.
+        new = new.clone(memory_format=torch.contiguous_format)
         logits_BTV, cache = model.decode(new, cache, torch.tensor(used))
         used += new.shape[1]
         tokens = torch.cat([tokens, _choose(logits_BTV[:, -1], generator, temperature, top_k).to(tokens.device)], dim=1)

@@ -1,225 +1,202 @@
-"""The whole transformer, top to bottom: a GPT decoder as a chain of units.
+"""The whole transformer, top to bottom: decoders and encoders as a chain of units.
 
 A model is the loop over `layers()`: the embedding, one residual unit a sublayer, the head. Every unit is called
 `unit(x, context) -> x` and stands alone, so that any of them can run on any device. Identical blocks hold no Python
-value that differs between them: one compiled graph serves all.
+value that differs between them: one compiled graph serves all. What sets the families apart is a table, `FAMILIES`.
+
+What the context may hold, each with the batch as first dimension:
+    dropout: (B,) int64, one counter a row; in training.
+    mask: (B, T) bool, True for tokens that may be attended to; without it all may.
+    token_types: (B, T) int64, 0 or 1; without them all are 0. Only encoders have them.
 
 Shape suffixes:
-    B = batch, T = sequence, D = model width, N = heads, H = head width, V = vocabulary
+    B = batch, T = sequence, D = model width, N = heads, K = heads of keys and values, G = N / K, H = head width,
+    F = MLP width, S = cache slots, V = vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention, silu
 
+from lm.config import FAMILIES, ModelConfig
+from lm.draws import Context, Dropout
 from lm.errors import SettingError
 
-Context = Mapping[str, Tensor]
-"""Non-differentiable tensors beside the activations, each with the batch as first dimension."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Size of a model.
-
-    Attributes:
-        family: `gpt`: pre-LayerNorm decoder with learned positions and a GELU (tanh) MLP.
-        n_layer: number of blocks; each is two units, attention and MLP.
-        d_model: width D of the residual stream.
-        n_head: number of heads N; divides `d_model`.
-        vocab_size: number of tokens V.
-        seq_len: longest sequence T.
-        dropout: probability of a zero after the embedding and after each sublayer, in training.
-        d_ff: width of the MLP; None: 4 * d_model.
-        tie_embeddings: the head's matrix is the token embedding's. Such a model can't be placed on several devices.
-    """
-
-    n_layer: int
-    d_model: int
-    n_head: int
-    vocab_size: int
-    seq_len: int
-    family: str = "gpt"
-    dropout: float = 0.0
-    d_ff: int | None = None
-    tie_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        if self.family != "gpt":
-            raise SettingError("unknown model family", found=repr(self.family), expected="'gpt'")
-        for name in ("n_layer", "d_model", "n_head", "vocab_size", "seq_len", "d_ff"):
-            value = getattr(self, name)
-            if not (value is None and name == "d_ff") and (not isinstance(value, int) or value < 1):
-                raise SettingError(f"{name} has to be a whole number of at least 1", found=repr(value))
-        if self.d_model % self.n_head:
-            raise SettingError(
-                "n_head has to divide d_model",
-                found=f"d_model={self.d_model}, n_head={self.n_head}",
-                remedy="choose d_model as a multiple of n_head",
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise SettingError("dropout is out of range", found=str(self.dropout), expected="0 <= dropout < 1")
-
-    @property
-    def hidden(self) -> int:
-        """Width of the MLP's hidden layer."""
-        return 4 * self.d_model if self.d_ff is None else self.d_ff
-
-
-# --- dropout: a mask that is a pure function of (row counter, layer, element) -----------------------------------------
-
-_M32 = 0xFFFFFFFF
-# Multipliers of lowbias32 (C. Wellons, github.com/skeeto/hash-prospector, bias 0.17): 0x7FEB352D and 0x846CA68B, the
-# second written modulo 2**32 as a negative number. |multiplier| < 2**31 times an operand < 2**32 stays inside int64,
-# so no device ever meets a signed overflow, which C and OpenCL leave undefined.
-_MUL1, _MUL2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
-# Spreads the layers over the 32-bit keys: 2**32 / golden ratio (Knuth, TAOCP 3, section 6.4), likewise modulo 2**32.
-_GOLDEN = 0x9E3779B9 - (1 << 32)
-
-
-def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    """lowbias32 of x in [0, 2**32), with a second key entering between its two rounds."""
-    x = x ^ (x >> 16)
-    x = (x * _MUL1) & _M32
-    x = x ^ (x >> 15) ^ key
-    x = (x * _MUL2) & _M32
-    return x ^ (x >> 16)
-
-
-def keep_mask(rows: Tensor, layer: Tensor, shape: tuple[int, int], p: float) -> Tensor:
-    """Which elements a dropout keeps.
-
-    An integer hash in plain int64 operations, so that every device computes the same bits. It depends on all 64 bits
-    of a row's counter.
-
-    Args:
-        rows: (B,) int64, one counter a row.
-        layer: () int64, number of the dropout in the model.
-        shape: (T, D) of a row; T * D < 2**32.
-        p: probability of dropping an element.
-
-    Returns:
-        (B, T, D) bool, True with probability 1 - p (to 2**-32).
-    """
-    T, D = shape
-    low_B = _mix(((rows & _M32) + layer * _GOLDEN) & _M32)
-    high_B = _mix(((rows >> 32) & _M32) ^ low_B)
-    element_1TD = torch.arange(T * D, device=rows.device, dtype=torch.int64).view(1, T, D)
-    return _mix(element_1TD ^ low_B.view(-1, 1, 1), high_B.view(-1, 1, 1)) >= round(p * (1 << 32))
-
-
-class Dropout(nn.Module):
-    """Inverted dropout whose mask comes from `context["dropout"]`; without that key it is the identity."""
-
-    layer: Tensor
-
-    def __init__(self, p: float, layer: int) -> None:
-        super().__init__()
-        self.p = p
-        # A buffer and no Python int: the layers' compiled graphs stay equal. It is no state, hence not in state_dict.
-        self.register_buffer("layer", torch.tensor(layer, dtype=torch.int64), persistent=False)
-
-    def forward(self, x_BTD: Tensor, context: Context | None = None) -> Tensor:
-        """Zero elements with probability p and scale the others by 1 / (1 - p)."""
-        if self.p == 0.0 or context is None or "dropout" not in context:
-            return x_BTD
-        keep = keep_mask(context["dropout"], self.layer, (x_BTD.shape[1], x_BTD.shape[2]), self.p)
-        return x_BTD * (keep.to(x_BTD.dtype) * (1.0 / (1.0 - self.p)))
-
-
-# --- the units --------------------------------------------------------------------------------------------------------
-
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Cache = tuple[Tensor, ...]
 """What a unit remembers of the tokens so far; () where it remembers nothing. Its shapes never change."""
 
 
+# --- the units --------------------------------------------------------------------------------------------------------
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.traits.norm == "layer" else nn.RMSNorm
+    return kind(config.d_model, eps=config.epsilon)
+
+
 class Embedding(nn.Module):
-    """First unit: token plus learned position, (B, T) int64 -> (B, T, D)."""
+    """First unit: token plus learned position, (B, T) int64 -> (B, T, D).
+
+    Without the positions where the family has rotary ones; an encoder adds the token's type and normalises the sum.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.token = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.seq_len, config.d_model)
+        traits, width = config.traits, config.d_model
+        self.token = nn.Embedding(config.vocab_size, width)
+        self.position = None if traits.has_rotary else nn.Embedding(config.seq_len, width)
+        self.token_type = None if traits.is_causal else nn.Embedding(2, width)
+        self.norm = None if traits.norm_first else _norm(config)
         self.dropout = Dropout(config.dropout, 0)
 
     def forward(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
         """Embed tokens that start at position 0."""
-        x_BTD = self.token(tokens_BT) + self.position.weight[: tokens_BT.shape[1]]
+        x_BTD = self.token(tokens_BT)
+        if self.position is not None:
+            x_BTD = x_BTD + self.position.weight[: tokens_BT.shape[1]]
+        if self.token_type is not None:
+            types_BT = None if context is None else context.get("token_types")
+            x_BTD = x_BTD + (self.token_type.weight[0] if types_BT is None else self.token_type(types_BT))
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
         return cast("Tensor", self.dropout(x_BTD, context))
-
-    @property
-    def seq_len(self) -> int:
-        """Longest sequence."""
-        return self.position.num_embeddings
 
     def new_cache(self, batch_size: int) -> Cache:
         """Nothing."""
         return ()
 
     def decode(self, tokens_BT: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
-        """Embed tokens that start at `position` () int64."""
-        places_T = position + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        return self.token(tokens_BT) + self.position(places_T), ()
+        """Embed tokens of a causal family that start at `position` () int64."""
+        x_BTD = self.token(tokens_BT)
+        if self.position is None:
+            return x_BTD, ()
+        return x_BTD + self.position(_places(tokens_BT, position)), ()
 
     def flops(self, shape: tuple[int, ...]) -> float:
-        """FLOP of a forward pass over tokens of this (B, T)."""
+        """FLOP of a forward pass over tokens of this (B, T): one for each number that comes out."""
         return float(shape[0] * shape[1] * self.token.embedding_dim)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it, (B, T, D) -> (B, T, D).
+def _places(x: Tensor, position: Tensor) -> Tensor:
+    """Positions (T,) int64 of tokens (B, T, ...) that start at `position`."""
+    return position + torch.arange(x.shape[1], device=x.device)
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2; scale 1 / sqrt(H).
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """By how much rotary positions turn queries and keys: (S, H), a position's H / 2 cosines, then its sines.
+
+    Position m turns pair i by the angle m * base**(-2 i / H). Computed in float64, so that each number is right to its
+    last place however large the angle.
+
+    Source: Su et al., "RoFormer: Enhanced transformer with rotary position embedding", 2021, section 3.2.2.
+    """
+    pair_F = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    angle_SF = torch.outer(
+        torch.arange(config.seq_len, dtype=torch.float64), config.rotary_base ** (-pair_F / config.head_dim)
+    )
+    return torch.cat([angle_SF.cos(), angle_SF.sin()], dim=1).to(torch.get_default_dtype())
+
+
+def rotate(x_BNTH: Tensor, table_TH: Tensor) -> Tensor:
+    """Vectors turned by what a `rotary_table` holds for their positions, (B, N, T, H).
+
+    A pair is elements i and i + H / 2, as in GPT-NeoX and in Llama's weights as Hugging Face keeps them; RoFormer pairs
+    2 i and 2 i + 1 (equation 34). The models are the same but for the order of the projections' rows.
+    """
+    a, b = x_BNTH.chunk(2, dim=-1)
+    cos, sin = table_TH.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention, (B, T, D) -> (B, T, D): of each token to all, or to itself and those before it.
+
+    K heads of keys and values serve N heads of queries, each of them N / K neighbours.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2; scale 1 / sqrt(H). K < N: Ainslie et al.,
+    "GQA: Training generalized multi-query transformer models", 2023, section 2.2.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.n_head, self.seq_len = config.n_head, config.seq_len
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
-        self.proj = nn.Linear(config.d_model, config.d_model)
+    rotary: Tensor | None
 
-    def _split(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
-        return tuple(part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x (B, N, T, H)
+    def __init__(self, config: ModelConfig, rotary_SH: Tensor | None = None) -> None:
+        super().__init__()
+        has_bias = config.traits.has_bias
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.seq_len, self.is_causal = config.seq_len, config.traits.is_causal
+        self.qkv = nn.Linear(config.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=has_bias)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=has_bias)
+        self.register_buffer("rotary", rotary_SH, persistent=False)
+
+    def _split(self, x_BTD: Tensor, table_TH: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, T, H), keys and values (B, K, T, H); the first two turned by a rotary table."""
+        B, T, _ = x_BTD.shape
+        N, K = self.n_head, self.n_kv_head
+        parts = self.qkv(x_BTD).view(B, T, N + 2 * K, self.head_dim).split([N, K, K], dim=2)
+        q_BNTH, k_BKTH, v_BKTH = (part.transpose(1, 2) for part in parts)
+        if table_TH is None:
+            return q_BNTH, k_BKTH, v_BKTH
+        return rotate(q_BNTH, table_TH), rotate(k_BKTH, table_TH), v_BKTH
 
     def _merge(self, y_BNTH: Tensor) -> Tensor:
         return cast("Tensor", self.proj(y_BNTH.transpose(1, 2).flatten(2)))
 
     def forward(self, x_BTD: Tensor, context: Context | None = None) -> Tensor:
-        """Attend within a whole sequence."""
-        q_BNTH, k_BNTH, v_BNTH = self._split(x_BTD)
-        return self._merge(scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True))
+        """Attend within a whole sequence, to tokens that `context["mask"]` doesn't hide."""
+        T = x_BTD.shape[1]
+        q, k, v = self._split(x_BTD, None if self.rotary is None else self.rotary[:T])
+        mask_BT = None if context is None else context.get("mask")
+        allowed_B1TT = None if mask_BT is None else mask_BT[:, None, None, :]
+        if allowed_B1TT is not None and self.is_causal:
+            allowed_B1TT = allowed_B1TT & torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril()
+        is_causal, enable_gqa = self.is_causal and mask_BT is None, self.n_kv_head < self.n_head
+        return self._merge(
+            scaled_dot_product_attention(q, k, v, allowed_B1TT, is_causal=is_causal, enable_gqa=enable_gqa)
+        )
 
     def new_cache(self, batch_size: int) -> Cache:
-        """Keys and values, each (B, N, seq_len, H), of no token yet."""
+        """Keys and values, each (B, K, seq_len, H), of no token yet.
+
+        Raises:
+            SettingError: the attention is not causal.
+        """
+        if not self.is_causal:
+            raise SettingError(
+                "an encoder can't generate",
+                found="attention in which tokens see those that follow them",
+                expected="a model of the family " + " or ".join(n for n, f in FAMILIES.items() if f.is_causal),
+            )
         weight = self.proj.weight
-        shape = (batch_size, self.n_head, self.seq_len, weight.shape[0] // self.n_head)
+        shape = (batch_size, self.n_kv_head, self.seq_len, self.head_dim)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def decode(self, x_BTD: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
         """Attend from tokens that start at `position` () int64 to themselves and to the cache, which they join.
 
         All shapes are those of the whole cache, and nothing is written in place: one compiled graph serves all
-        positions. S = seq_len.
+        positions. The queries that share a head of keys are the rows of one matrix.
         """
-        q_BNTH, k_BNTH, v_BNTH = self._split(x_BTD)
+        B, T, _ = x_BTD.shape
+        token_T = _places(x_BTD, position)
+        table_TH = None if self.rotary is None else functional.embedding(token_T, self.rotary)
+        q_BNTH, k_BKTH, v_BKTH = self._split(x_BTD, table_TH)
         slot_S1 = torch.arange(self.seq_len, device=x_BTD.device).view(-1, 1)
-        token_T = position + torch.arange(x_BTD.shape[1], device=x_BTD.device)
-        is_new_S1 = (slot_S1 >= position) & (slot_S1 < position + x_BTD.shape[1])
-        into_ST = (slot_S1 == token_T).to(k_BNTH.dtype)
-        k_BNSH = torch.where(is_new_S1, into_ST @ k_BNTH, cache[0])
-        v_BNSH = torch.where(is_new_S1, into_ST @ v_BNTH, cache[1])
-        scores_BNTS = (q_BNTH @ k_BNSH.transpose(2, 3)) * q_BNTH.shape[-1] ** -0.5
+        is_new_S1 = (slot_S1 >= position) & (slot_S1 < position + T)
+        into_ST = (slot_S1 == token_T).to(k_BKTH.dtype)
+        k_BKSH = torch.where(is_new_S1, into_ST @ k_BKTH, cache[0])
+        v_BKSH = torch.where(is_new_S1, into_ST @ v_BKTH, cache[1])
+        by_head, by_kv_head = (B, self.n_head, T, -1), (B, self.n_kv_head, self.n_head // self.n_kv_head * T, -1)
+        scores_BNTS = (q_BNTH.reshape(by_kv_head) @ k_BKSH.transpose(2, 3)).view(by_head) * self.head_dim**-0.5
         weights_BNTS = scores_BNTS.masked_fill(slot_S1.view(1, -1) > token_T.view(-1, 1), -torch.inf).softmax(-1)
-        return self._merge(weights_BNTS @ v_BNSH), (k_BNSH, v_BNSH)
+        return self._merge((weights_BNTS.view(by_kv_head) @ v_BKSH).view(by_head)), (k_BKSH, v_BKSH)
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """FLOP of a forward pass over (B, T, D): two matrix products outside and two inside the attention.
@@ -227,45 +204,78 @@ class CausalSelfAttention(nn.Module):
         The products inside are counted in full, without what a kernel may save above the diagonal.
         """
         B, T, D = shape
-        return 8.0 * B * T * D * D + 4.0 * B * T * T * D
+        return 2.0 * B * T * D * (self.qkv.out_features + D) + 4.0 * B * T * T * D
+
+
+def swiglu(x_BTF2: Tensor) -> Tensor:
+    """The second half of the last dimension, gated by SiLU of the first, (..., 2 F) -> (..., F).
+
+    Source: Shazeer, "GLU variants improve transformer", 2020, equation 6.
+    """
+    gate, x = x_BTF2.chunk(2, dim=-1)
+    return silu(gate) * x
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "swiglu": swiglu,
+}
 
 
 class MLP(nn.Module):
-    """Two linear maps with GELU (tanh form) between them, (B, T, D) -> (B, T, D)."""
+    """Two linear maps with an activation between them, (B, T, D) -> (B, T, D).
+
+    The first map is twice as wide for `swiglu`: its upper half makes the gate.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.hidden)
-        self.down = nn.Linear(config.hidden, config.d_model)
+        traits = config.traits
+        self.activation = traits.activation
+        n_maps = 2 if traits.activation == "swiglu" else 1
+        self.up = nn.Linear(config.d_model, n_maps * config.hidden, bias=traits.has_bias)
+        self.down = nn.Linear(config.hidden, config.d_model, bias=traits.has_bias)
 
     def forward(self, x_BTD: Tensor, context: Context | None = None) -> Tensor:
         """Each token by itself."""
-        return cast("Tensor", self.down(gelu(self.up(x_BTD), approximate="tanh")))
+        return cast("Tensor", self.down(_ACTIVATIONS[self.activation](self.up(x_BTD))))
 
     def flops(self, shape: tuple[int, ...]) -> float:
-        """FLOP of a forward pass over (B, T, D): two matrix products."""
+        """FLOP of a forward pass over (B, T, D): its matrix products."""
         B, T, D = shape
-        return 4.0 * B * T * D * self.up.out_features
+        return 2.0 * B * T * D * (self.up.out_features + self.down.in_features)
 
 
 class Residual(nn.Module):
     """Every unit but the ends: x + dropout(inner(norm(x), context)).
+
+    Without `norm_first` it is norm(x + dropout(inner(x, context))).
 
     `inner` may be any module with that call. Where it has no `decode`, it treats each token by itself. What it says
     about where it can run (`device_apis`) and what it costs (`layer_cost`, `flops`) holds for the unit; a unit whose
     inner module is silent has none of these attributes.
     """
 
-    def __init__(self, norm: nn.Module, inner: nn.Module, dropout: nn.Module | None = None) -> None:
+    def __init__(
+        self, norm: nn.Module, inner: nn.Module, dropout: nn.Module | None = None, *, norm_first: bool = True
+    ) -> None:
         super().__init__()
+        self.norm_first = norm_first
         self.norm = norm
         self.inner = inner
         self.dropout = Dropout(0.0, 0) if dropout is None else dropout
 
     def forward(self, x_BTD: Tensor, context: Context | None = None) -> Tensor:
-        """Add what `inner` makes of the normalised input."""
-        y_BTD = self.inner(self.norm(x_BTD), context)
-        return x_BTD + cast("Tensor", self.dropout(y_BTD, context))
+        """Add what `inner` makes of the input."""
+        y_BTD = self.inner(self._before(x_BTD), context)
+        return self._after(x_BTD + cast("Tensor", self.dropout(y_BTD, context)))
+
+    def _before(self, x_BTD: Tensor) -> Tensor:
+        return cast("Tensor", self.norm(x_BTD)) if self.norm_first else x_BTD
+
+    def _after(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.norm_first else cast("Tensor", self.norm(x_BTD))
 
     def new_cache(self, batch_size: int) -> Cache:
         """The inner module's cache, () where it remembers nothing."""
@@ -274,10 +284,10 @@ class Residual(nn.Module):
 
     def decode(self, x_BTD: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
         """The unit for tokens that start at `position` () int64; earlier ones are in the cache."""
-        y_BTD = self.norm(x_BTD)
+        y_BTD = self._before(x_BTD)
         decode = getattr(self.inner, "decode", None)
         y_BTD, cache = (self.inner(y_BTD, None), ()) if decode is None else decode(y_BTD, cache, position)
-        return x_BTD + y_BTD, cache
+        return self._after(x_BTD + y_BTD), cache
 
     # The inner module's own statements. Where it lacks one, the AttributeError makes `hasattr(unit, ...)` False.
     @property
@@ -297,15 +307,19 @@ class Residual(nn.Module):
 
 
 class Head(nn.Module):
-    """Last unit: final norm and linear map to logits, (B, T, D) -> (B, T, V)."""
+    """Last unit: norm and linear map to logits, (B, T, D) -> (B, T, V); an encoder has a map with GELU before them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_model)
-        self.linear = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        is_causal = config.traits.is_causal
+        self.transform = None if is_causal else nn.Linear(config.d_model, config.d_model)
+        self.norm = _norm(config)
+        self.linear = nn.Linear(config.d_model, config.vocab_size, bias=not is_causal)
 
     def forward(self, x_BTD: Tensor, context: Context | None = None) -> Tensor:
         """Logits [nat, up to a constant]."""
+        if self.transform is not None:
+            x_BTD = gelu(self.transform(x_BTD))
         return cast("Tensor", self.linear(self.norm(x_BTD)))
 
     def new_cache(self, batch_size: int) -> Cache:
@@ -317,21 +331,21 @@ class Head(nn.Module):
         return self.forward(x_BTD), ()
 
     def flops(self, shape: tuple[int, ...]) -> float:
-        """FLOP of a forward pass over (B, T, D): one matrix product."""
+        """FLOP of a forward pass over (B, T, D): its matrix products."""
         B, T, D = shape
-        return 2.0 * B * T * D * self.linear.out_features
+        return 2.0 * B * T * D * (self.linear.out_features + (0 if self.transform is None else D))
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 class Transformer(nn.Module):
-    """A GPT decoder, (B, T) tokens -> (B, T, V) logits.
+    """A model of any family, (B, T) tokens -> (B, T, V) logits: of the next token, an encoder's of the token itself.
 
-    Initial weights are normal, for the last matrix of each sublayer narrower by sqrt(2 * n_layer) (GPT-2, Radford et
-    al. 2019, section 2.3, as in karpathy/nanoGPT `model.py`); biases are zero. GPT-2's standard deviation of 0.02 is
-    that of width 768; it goes with 1 / sqrt(d_model) (LeCun et al., "Efficient BackProp", 1998, section 4.6), so that
-    activations and logits start alike at every width.
+    Initial weights are normal; where norms come first, the last matrix of each sublayer is narrower by
+    sqrt(2 * n_layer) (GPT-2, Radford et al. 2019, section 2.3, as in karpathy/nanoGPT `model.py`); biases are zero. The
+    standard deviation of 0.02, GPT-2's and BERT's, is that of width 768; it goes with 1 / sqrt(d_model) (LeCun et al.,
+    "Efficient BackProp", 1998, section 4.6), so that activations and logits start alike at every width.
 
     A parameter's key in `state_dict()` is its layer's name followed by its name in the layer.
     """
@@ -340,7 +354,7 @@ class Transformer(nn.Module):
         """Build and initialise.
 
         Args:
-            config: the size.
+            config: family and size.
             generator: source of all initial weights, drawn layer by layer in the order of `layers()`; None: torch's
                 default generator.
         """
@@ -349,8 +363,9 @@ class Transformer(nn.Module):
         self._names = ["embedding"]
         with torch.random.fork_rng(devices=[]):  # modules draw weights when made; all of them are drawn again below
             self.embedding = Embedding(config)
+            rotary_SH = rotary_table(config) if config.traits.has_rotary else None  # one for all blocks
             for i in range(config.n_layer):
-                self.add_module(f"block{i}", _block(config, i))
+                self.add_module(f"block{i}", _block(config, i, rotary_SH))
                 self._names += [f"block{i}.attention", f"block{i}.mlp"]
             self.head = Head(config)
         self._names.append("head")
@@ -367,7 +382,8 @@ class Transformer(nn.Module):
                     parameter.zero_()
                 continue
             is_last = name.endswith(("inner.proj.weight", "inner.down.weight"))
-            parameter.normal_(0.0, std / (2 * self.config.n_layer) ** 0.5 if is_last else std, generator=generator)
+            is_narrow = is_last and self.config.traits.norm_first
+            parameter.normal_(0.0, std / (2 * self.config.n_layer) ** 0.5 if is_narrow else std, generator=generator)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The units in execution order, each with its name."""
@@ -404,7 +420,11 @@ class Transformer(nn.Module):
         return x
 
     def new_cache(self, batch_size: int) -> list[Cache]:
-        """The caches of all units, for `decode`."""
+        """The caches of all units, for `decode`.
+
+        Raises:
+            SettingError: the model is an encoder.
+        """
         return [cast("Any", unit).new_cache(batch_size) for _, unit in self.layers()]
 
     def decode(self, tokens_BT: Tensor, caches: list[Cache], position: Tensor) -> tuple[Tensor, list[Cache]]:
@@ -416,11 +436,12 @@ class Transformer(nn.Module):
         return x, after
 
 
-def _block(config: ModelConfig, i: int) -> nn.ModuleDict:
-    inners: dict[str, nn.Module] = {"attention": CausalSelfAttention(config), "mlp": MLP(config)}
+def _block(config: ModelConfig, i: int, rotary_SH: Tensor | None) -> nn.ModuleDict:
+    inners: dict[str, nn.Module] = {"attention": SelfAttention(config, rotary_SH), "mlp": MLP(config)}
+    first = config.traits.norm_first
     return nn.ModuleDict(
         {
-            name: Residual(nn.LayerNorm(config.d_model), inner, Dropout(config.dropout, 1 + 2 * i + j))
+            name: Residual(_norm(config), inner, Dropout(config.dropout, 1 + 2 * i + j), norm_first=first)
             for j, (name, inner) in enumerate(inners.items())
         }
     )

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from lm.data import Batch, Corpus
 from lm.errors import NonFiniteError, SettingError
+from lm.masking import mask_batch
 from lm.model import Transformer, loss, trainable_parameters
+
+if TYPE_CHECKING:
+    from lm.config import ModelConfig
 
 StepFn = Callable[[Batch], float]
 EvaluateFn = Callable[[str], float]
@@ -107,7 +112,7 @@ def train(
     on_event: Callable[[Step], None] | None = None,
     start: TrainState | None = None,
 ) -> TrainState:
-    """Train until `config.steps` updates are done.
+    """Train until `config.steps` updates are done: to predict the next token, or, an encoder, masked ones.
 
     `on_event` is called once a step, when weights and `start.step` are those after it: a checkpoint written there
     resumes to the same bits. An exception from it ends training between two steps.
@@ -133,11 +138,10 @@ def train(
     run_step = step_fn or (lambda batch: autograd_step(model, batch))
     run_evaluation = evaluate_fn or (lambda split: evaluate(model, corpus, split, config.batch_size))
     parameters = [p for _, p in trainable_parameters(model)]
-    use_dropout = model.config.dropout > 0
 
     while state.step < config.steps:
         t0 = time.perf_counter()
-        batch = corpus.batch("train", state.step, config.batch_size, model.config.seq_len, seed, dropout=use_dropout)
+        batch = _batch(model.config, corpus, state.step, config.batch_size, seed)
         t1 = time.perf_counter()
         state.optimizer.zero_grad()
         step_loss = run_step(batch)
@@ -202,15 +206,30 @@ def autograd_step(model: nn.Module, batch: Batch) -> float:
 def evaluate(model: Transformer, corpus: Corpus, split: str, batch_size: int) -> float:
     """Mean loss over all tokens of a split but the first [nat/token].
 
+    An encoder's is that over masked ones, which are always the same for a batch size.
+
     The split is read in windows of `seq_len` that don't overlap, so a token is predicted from up to `seq_len` tokens
     of its own window.
     """
     nats, count = 0.0, 0
-    for batch in corpus.windows(split, model.config.seq_len, batch_size):
+    for i, batch in enumerate(corpus.windows(split, model.config.seq_len, batch_size)):
+        batch = _objective(model.config, batch, 0, i)
         logits_BTV = model(batch.inputs, batch.context)
         nats += cross_entropy(logits_BTV.flatten(0, 1), batch.targets.flatten(), reduction="sum").item()
         count += int((batch.targets != -100).sum())
     return nats / count
+
+
+def _batch(model: ModelConfig, corpus: Corpus, step: int, batch_size: int, seed: int) -> Batch:
+    batch = corpus.batch("train", step, batch_size, model.seq_len, seed, dropout=model.dropout > 0)
+    return _objective(model, batch, seed, step)
+
+
+def _objective(model: ModelConfig, batch: Batch, seed: int, step: int) -> Batch:
+    """What the family learns from a batch of `Corpus`."""
+    if model.traits.is_causal:
+        return batch
+    return mask_batch(batch, seed=seed, step=step, mask_token=model.mask_token)
 
 
 def _non_finite_evaluation(step: int, val_loss: float) -> NonFiniteError:

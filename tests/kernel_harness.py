@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import cache
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from hetero.opencl.errors import NoOpenCLError
 from hetero.opencl.ir import Launch, Root, View
 from hetero.opencl.program import Device, open_device
+
+DEVICE = os.environ.get("HETEROQ_TEST_DEVICE", "opencl:0")
+"""The device that kernels are tested on: another one by an environment variable."""
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -36,21 +40,21 @@ def row_tolerance(width: int, scale: torch.Tensor | float) -> torch.Tensor | flo
 
 
 @cache
-def _device(name: str, lanes: int | None) -> Device:
-    """A device, or one beside it that builds for vectors of another width (right on any machine, if slow on some)."""
+def _device(name: str, changes: tuple[tuple[str, object], ...]) -> Device:
+    """A device, or one beside it that passes for another, with wider vectors or a GPU: right anywhere, if slow."""
     device = open_device(name)
-    if lanes in (None, device.capabilities.lanes):
+    capabilities = dataclasses.replace(device.capabilities, **dict(changes))  # type: ignore[arg-type]
+    if capabilities == device.capabilities:
         return device
-    capabilities = dataclasses.replace(device.capabilities, lanes=lanes)
     return Device(dataclasses.replace(device.description, capabilities=capabilities), device._handle)
 
 
 class Bench:
-    """Views of torch tensors, and launches run on one device."""
+    """Views of torch tensors, and launches run on one device, perhaps with other capabilities than its own."""
 
-    def __init__(self, name: str = "opencl:0", *, lanes: int | None = None) -> None:
+    def __init__(self, name: str = "opencl:0", **capabilities: object) -> None:
         try:
-            self.device = _device(name, lanes)
+            self.device = _device(name.replace("opencl:0", DEVICE), tuple(capabilities.items()))
         except NoOpenCLError as error:
             pytest.skip(f"no OpenCL here: {error.remedy}")
         self._roots: dict[int, Root] = {}

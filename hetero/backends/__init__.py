@@ -20,7 +20,7 @@ Context = Mapping[str, Tensor]
 
 CompiledStage = Callable[[Tensor, Context], Any]
 """What a backend makes of a module: gives what the module gives, differentiable by autograd, safe for several calls in
-flight."""
+flight. One that plans its memory also has `memory_bytes() -> (of a call in flight, shared by all calls)` [B]."""
 
 
 class Backend(Protocol):
@@ -30,7 +30,7 @@ class Backend(Protocol):
         """Fields of `Device`, one dict a device; empty where there is none."""
 
     def absence(self) -> dict[str, str] | None:
-        """`api`, `reason` and `remedy` where the runtime is unusable; None where it works."""
+        """`api`, `reason` and `remedy` where the runtime or a part of it is unusable; None where all of it works."""
 
     def measure(self, device: Device) -> dict[str, float]:
         """`flops` [FLOP/s], `bandwidth` [B/s] and `launch_s` [s], measured now, in the calling thread."""

@@ -5,6 +5,7 @@ pyopencl is imported at the first question, not with this file.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,15 +47,17 @@ def devices(subdevices: bool) -> list[dict[str, Any]]:
 
 
 def absence() -> dict[str, str] | None:
-    """Why there is no OpenCL device: no loader, no platform, or no device on any."""
+    """Why there is no OpenCL device: no loader, platform or device; or why an installed driver has none."""
     from hetero.opencl.program import list_devices
+    from hetero.opencl.vendors import intel_absence
 
     try:
         list_devices(subdevices=False)
     except NoOpenCLError as error:
         reason = f"{error.message}: {error.found}" if error.found else error.message
         return {"api": "opencl", "reason": reason, "remedy": error.remedy or "pip install 'pyopencl[pocl]'"}
-    return None
+    missing = intel_absence()
+    return None if missing is None else dataclasses.asdict(missing)
 
 
 def measure(device: Device) -> dict[str, float]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["compile_module", "fallbacks", "memory_plans"]
+__all__ = ["TrainStep", "compile_module", "fallbacks", "memory_plans"]
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported at first use: listing devices needs no compiler."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hetero.opencl import backend, graph
+    from hetero.opencl import backend, graph, train_step
 
-    return backend.compile_module if name == "compile_module" else getattr(graph, name)
+    owners = {"TrainStep": train_step, "compile_module": backend}
+    return getattr(owners.get(name, graph), name)

@@ -22,23 +22,22 @@ import functools
 import itertools
 import threading
 import types
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._decomp import core_aten_decompositions
 from torch._dynamo import convert_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hetero.errors import HeteroError
+from hetero.opencl.decompositions import decompositions
 from hetero.opencl.errors import CompileError
-from hetero.opencl.expressions import RULES
-from hetero.opencl.graph import CompiledGraph, fallbacks
-from hetero.opencl.handlers import HANDLERS
+from hetero.opencl.graph import CompiledGraph, fallbacks, memory_plans
 from hetero.opencl.program import open_device
-from hetero.opencl.steps import VIEW_OPS
+from hetero.opencl.rewrites import keep_attention_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +102,7 @@ def opencl(
     checked = Options.parse(options)
     if mode not in (None, "default"):
         raise CompileError("the opencl backend has no modes", found=repr(mode), remedy="leave mode out")
-    _fail_on_recompile_limit()
+    fail_on_recompile_limit()
     for tensor in inputs:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             raise CompileError("the opencl backend takes tensors of the host", found=f"a tensor on {tensor.device}")
@@ -126,19 +125,22 @@ def opencl(
     def inference(graph: GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
         return CompiledGraph(graph, device, n_user_outputs=_ALL, is_backward=False, **settings)
 
+    keep_attention_whole(gm)
     # Donated buffers would save nothing here, saved tensors lie in the slab, and they forbid retain_graph.
     with torch._functorch.config.patch(donated_buffer=False):
         compiled: Callable[..., Any] = aot_autograd(
-            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, decompositions=_decompositions()
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, decompositions=decompositions()
         )(gm, inputs)
     return compiled
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """PyTorch's decompositions into core ATen, but for what has kernels here."""
-    kept = {*RULES, *HANDLERS, *VIEW_OPS}
-    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
-    return {op: function for op, function in table.items() if op not in kept}
+_OURS: set[Any] = {opencl}
+
+
+def never_eager(backend: Any) -> Any:
+    """Register a backend function for which TorchDynamo must leave nothing to eager PyTorch; used as a decorator."""
+    _OURS.add(backend)
+    return backend
 
 
 def _is_ours(convert: Any) -> bool:
@@ -147,7 +149,7 @@ def _is_ours(convert: Any) -> bool:
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     backend = getattr(backend, "compiler_fn", backend)
-    return getattr(backend, "func", backend) is opencl
+    return getattr(backend, "func", backend) in _OURS
 
 
 def _forbid_graph_breaks() -> None:
@@ -185,10 +187,29 @@ def _forbid_graph_breaks() -> None:
     convert_frame.ConvertFrame.__call__ = convert
 
 
+def _defer_warnings() -> None:
+    """Don't let warnings.warn break graphs of this backend: nn.TransformerEncoderLayer warns of masks of two types.
+
+    A warning of the compiled function is given after the call; TorchDynamo leaves out those of functions it inlines.
+    """
+    original = convert_frame.ConvertFrameAssert.__call__
+    config = torch._dynamo.config
+
+    @functools.wraps(original)
+    def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(self):
+            return original(self, *args, **kwargs)
+        with config.patch(reorderable_logging_functions={*config.reorderable_logging_functions, warnings.warn}):
+            return original(self, *args, **kwargs)
+
+    convert_frame.ConvertFrameAssert.__call__ = convert
+
+
 _forbid_graph_breaks()
+_defer_warnings()
 
 
-def _fail_on_recompile_limit() -> None:
+def fail_on_recompile_limit() -> None:
     """Make TorchDynamo raise at its recompile limit instead of running eagerly, in all threads.
 
     Setting the option as documented would hold for the calling thread only: its values are context variables, while its
@@ -257,6 +278,15 @@ class CompiledModule:
             if isinstance(error.inner_exception, HeteroError):
                 raise error.inner_exception from None
             raise
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """What a call in flight keeps, and what all calls share in turn [B]: the most of all graphs so far.
+
+        Known when a graph is compiled, before its first launch.
+        """
+        plans = memory_plans(self)
+        call = max((plan.slab_bytes + plan.output_bytes for plan in plans), default=0)
+        return call, max((plan.arena_bytes + plan.constant_bytes for plan in plans), default=0)
 
     def _compile(self, key: tuple[Any, ...]) -> Callable[..., torch.Tensor]:
         with _entries_lock:

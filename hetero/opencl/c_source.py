@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from hetero.opencl import random_source
 from hetero.opencl.errors import Unsupported
 
 C_TYPES = {
@@ -22,6 +23,15 @@ C_TYPES = {
     torch.int8: "char",
     torch.uint8: "uchar",
     torch.bool: "uchar",
+}
+# What lies in memory. A half is only there: what is computed with it is float, rounded where torch rounds.
+STORED_TYPES = {**C_TYPES, torch.float16: "half"}
+UNSIGNED = {
+    torch.int64: "ulong",
+    torch.int32: "uint",
+    torch.int16: "ushort",
+    torch.int8: "uchar",
+    torch.uint8: "uchar",
 }
 
 # torch's remainder and floor division (c10/util/generic_math.h) of either type: by fmod, which is exact, where a
@@ -41,6 +51,25 @@ static inline {type} floor_divide{n}({type} a, {type} b)
     const {type} whole = near == 0 ? copysign(({type})0, a / b) : near - below > ({type})0.5 ? below + 1 : below;
     return b == 0 ? a / b : whole;
 }}
+"""
+
+# torch's erfinv (aten/src/ATen/native/Math.h, calc_erfinv): a rational approximation and two steps of Newton's method.
+_ERFINV = """
+#define T {type}
+static inline {type} erfinv{n}({type} y)
+{{
+    const {type} z = fabs(y) <= (T)0.7 ? y * y : sqrt(-log((1 - fabs(y)) / 2));
+    const {type} a = ((-(T)0.140543331 * z + (T)0.914624893) * z - (T)1.645349621) * z + (T)0.886226899;
+    const {type} b = ((T)0.012229801 * z - (T)0.329097515) * z + (T)1.442710462;
+    const {type} c = (((T)1.641345311 * z + (T)3.429567803) * z - (T)1.62490649) * z - (T)1.970840454;
+    const {type} d = ((T)1.6370678 * z + (T)3.5438892) * z + 1;
+    const {type} center = y * a / ((b * z - (T)2.118377725) * z + 1), tail = copysign(c, y) / d;
+    {type} x = fabs(y) <= (T)0.7 ? center : tail;
+    x = x - (erf(x) - y) / ((T)1.1283791670955126 * exp(-x * x));
+    x = x - (erf(x) - y) / ((T)1.1283791670955126 * exp(-x * x));
+    return fabs(y) < 1 ? x : fabs(y) == 1 ? copysign((T)INFINITY, y) : (T)NAN;
+}}
+#undef T
 """
 
 # Functions by name, those of float32 end in 1; a function may use those above it.
@@ -80,6 +109,13 @@ static inline float tanh1(float x)
     return z < 0.390625f ? below : above;
 }
 """,
+    # (exp(x) - 1) = tanh(x / 2) (exp(x) + 1): without cancellation. 6 ulp.
+    "exp_minus_one1": """
+static inline float exp_minus_one1(float x)
+{
+    return tanh1(0.5f * x) * (exp1(x) + 1.0f);
+}
+""",
     # Cephes' logf, as in common.cl. 2 ulp.
     "log1": """
 static inline float log1(float x)
@@ -104,6 +140,15 @@ static inline float log1(float x)
     result = x == 0.0f ? -INFINITY : result;
     result = x < 0.0f ? NAN : result;
     return x == INFINITY || x != x ? x : result;
+}
+""",
+    # log(u) x / (u - 1) for u = 1 + x rounded: the errors of log(u) and of u - 1 cancel. 5 ulp.
+    # Source: Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4.
+    "log_one_plus1": """
+static inline float log_one_plus1(float x)
+{
+    const float u = 1.0f + x, near = log1(u) * (x / (u - 1.0f));
+    return u == 1.0f ? x : u == INFINITY ? u : near;
 }
 """,
     # Eigen's generic_fast_erf_float: x P(x^2) / Q(x^2) on [-4, 4]. Absolute error 5e-7.
@@ -146,13 +191,34 @@ static inline float cdf1(float x)
 }
 """,
     "cdf2": "static inline double cdf2(double x) { return 0.5 * erfc(-0.7071067811865476 * x); }\n",
+    "erfinv1": _ERFINV.format(type="float", n=1),
+    "erfinv2": _ERFINV.format(type="double", n=2),
+    # Wraps; a negative power is 0, but of 1 and -1.
+    "integer_power": """
+static inline long integer_power(long base, long exponent)
+{
+    ulong result = exponent >= 0 || base == 1 || base == -1, factor = (ulong)base;
+    for (ulong n = exponent < 0 ? exponent & 1 : exponent; n != 0; n >>= 1) {
+        result *= (n & 1) ? factor : 1;
+        factor *= factor;
+    }
+    return (long)result;
+}
+""",
     "remainder1": _MODULO.format(type="float", n=1),
     "remainder2": _MODULO.format(type="double", n=2),
     "floor_divide1": _FLOOR_DIVIDE.format(type="float", n=1),
     "floor_divide2": _FLOOR_DIVIDE.format(type="double", n=2),
-    "sqrt1": "static inline float sqrt1(float x) { return __builtin_sqrtf(x); }\n",
+    "sqrt1": "static inline float sqrt1(float x) { return SQRT(x); }\n",
+    **random_source.FUNCTIONS,
 }
-_NEEDS = {"tanh1": ("exp1",), "cdf1": ("abs1", "exp1")}
+_NEEDS = {
+    "tanh1": ("exp1",),
+    "cdf1": ("abs1", "exp1"),
+    "exp_minus_one1": ("exp1", "tanh1"),
+    "log_one_plus1": ("log1",),
+    **random_source.NEEDS,
+}
 
 
 def functions_of(text: str) -> str:
@@ -160,7 +226,13 @@ def functions_of(text: str) -> str:
     used = {name for name in _FUNCTIONS if f"{name}(" in text}
     used |= {needed for name in used for needed in _NEEDS.get(name, ())}
     head = "#pragma OPENCL EXTENSION cl_khr_fp64 : enable\n" if "double" in text else ""
+    head += "#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n" if "half" in text else ""
     return head + "".join(source.lstrip() for name, source in _FUNCTIONS.items() if name in used)
+
+
+def require_stored_types(*dtypes: torch.dtype, fp16: bool) -> None:
+    """Raise Unsupported unless all are types of memory: of kernels, or float16 where the device has `fp16`."""
+    require_c_types(*(dtype for dtype in dtypes if not (fp16 and dtype == torch.float16)))
 
 
 def require_c_types(*dtypes: torch.dtype) -> None:
@@ -174,11 +246,11 @@ def literal(value: float | int | bool, dtype: torch.dtype) -> str:
     """A number as a C constant of a type; exact."""
     if dtype.is_floating_point:
         number = float(value)
-        suffix = "f" if dtype == torch.float32 else ""
+        suffix = "" if dtype == torch.float64 else "f"
         if math.isnan(number):
             return "NAN"
-        if dtype == torch.float32 and not math.isinf(number):
-            number = float(torch.tensor(number, dtype=torch.float32))
+        if dtype != torch.float64 and not math.isinf(number):
+            number = float(torch.tensor(number, dtype=dtype))
         if math.isinf(number):
             return "INFINITY" if number > 0 else "(-INFINITY)"
         return f"({number!r}{suffix})" if number < 0 or math.copysign(1, number) < 0 else f"{number!r}{suffix}"
@@ -191,9 +263,13 @@ def literal(value: float | int | bool, dtype: torch.dtype) -> str:
 
 
 def cast(text: str, source: torch.dtype, target: torch.dtype) -> str:
-    """An expression of one type converted to another."""
+    """An expression of one type converted to another. One of float16 is a float that has been rounded."""
     if source == target:
         return text
     if target == torch.bool:
         return f"({text} != 0)"
+    if target == torch.float16:
+        return f"((float)(half)({text}))"
+    if (source, target) == (torch.float16, torch.float32):
+        return text
     return f"(({C_TYPES[target]}){text})"

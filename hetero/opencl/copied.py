@@ -1,6 +1,6 @@
 """Calls of a lowered graph on a device with memory of its own: what it needs goes there and back at each call.
 
-Everything lies in the device's arena, one buffer, and only for the time of the call: inputs, parameters among them,
+Everything lies in the device's arena, and only for the time of the call: inputs, parameters among them,
 from the start until their last use; outputs until they are copied to new memory of the host. What is saved for the
 backward pass travels through the host as well, so that hooks may pack, move or change it like any other tensor.
 Nothing is left on the device after a call, so any number may be in flight, and memory is that of the largest graph.
@@ -8,46 +8,54 @@ Nothing is left on the device after a call, so any number may be in flight, and 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hetero.opencl.ir import Root, View
+from hetero.opencl.memory import MemoryPlan, pieces
 from hetero.opencl.outputs import empty, in_layout, show, whole_views
 from hetero.opencl.program import Device, PreparedLaunches
+from hetero.opencl.seeds import Seed
 from hetero.opencl.steps import HostStep, Lowered, roots_of, segments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COPIED_KINDS = ("input", "scratch", "saved", "output")  # all but constants, which stay
+COPIED_KINDS = ("input", "scratch", "saved", "output", "seed")  # all but constants, which stay
 
 
 class CopiedCalls:
-    """Kernels with preset arguments, and the copies of a call."""
+    """Kernels with preset arguments, and the copies of a call.
 
-    def __init__(self, lowered: Lowered, device: Device, roots: Sequence[Root], arena_bytes: int) -> None:
-        self._lowered, self._device, self._arena_bytes = lowered, device, arena_bytes
-        self._roots = [root for root in roots if root.kind in COPIED_KINDS]
+    Attributes:
+        roots: what lies in the arena.
+    """
+
+    def __init__(self, lowered: Lowered, device: Device, roots: Sequence[Root], memory: MemoryPlan) -> None:
+        self._lowered, self._device, self._memory = lowered, device, memory
+        self.roots = [root for root in roots if root.kind in COPIED_KINDS]
         used = {root for step in lowered.steps for root in roots_of(step)}
         self._inputs = [(i, v) for i, v in enumerate(lowered.inputs) if v is not None and v.numel and v.root in used]
         self._outputs = whole_views(lowered.outputs, ("output", "saved"))
         self._segments: list[PreparedLaunches | HostStep] | None = None
-        self._arena: Any = None
         self._parts: dict[Root, Any] = {}
+        self._seed = None if lowered.seed is None else Seed()
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """Copy the inputs, enqueue, wait, copy and return the outputs."""
         device = self._device
         if self._segments is None:
             self._segments = segments(device, self._lowered)
-        arena = _arena_of(device, self._arena_bytes)
-        if arena is not self._arena:
-            self._bind(self._segments, arena)
+        arena = _arenas.setdefault(device, _Arena())
+        if not arena.is_bound(self):
+            self._bind(self._segments, arena.bind(self, device, self._memory))
         for index, view in self._inputs:
             device.upload(self._parts[view.root], _as_bytes(in_layout(arguments[index].detach(), view)))
+        if self._seed is not None:
+            self._seed.draw()
+            self._upload_seed(self._seed)
         for segment in self._segments:
             if isinstance(segment, HostStep):
                 self._run_on_host(segment)
@@ -60,13 +68,25 @@ class CopiedCalls:
                 device.download(_as_bytes(tensor), self._parts[root])
         return self._results(arguments, fresh)
 
-    def _bind(self, steps: Sequence[PreparedLaunches | HostStep], arena: Any) -> None:
-        for root in self._roots:
-            part = self._parts[root] = self._device.sub_buffer(arena, root.offset, max(root.nbytes, 4))
+    def _upload_seed(self, seed: Seed) -> None:
+        root = self._lowered.seed
+        if root in self._parts:
+            self._device.upload(self._parts[root], _as_bytes(seed.tensor))
+
+    def _bind(self, steps: Sequence[PreparedLaunches | HostStep], buffers: Sequence[Any]) -> None:
+        for root in self.roots:
+            piece, offset = divmod(root.offset, self._memory.piece_bytes)
+            part = self._parts[root] = self._device.sub_buffer(buffers[piece], offset, max(root.nbytes, 4))
             for step in steps:
                 if isinstance(step, PreparedLaunches):
                     step.bind(root, part)
-        self._arena = arena
+
+    def release(self) -> None:
+        """Let go of the arena, which is going to be replaced."""
+        self._parts.clear()
+        for step in self._segments or ():
+            if isinstance(step, PreparedLaunches):
+                step.unbind(self.roots)
 
     def _run_on_host(self, step: HostStep) -> None:
         """Its inputs copied to the host, its outputs to the device."""
@@ -117,14 +137,38 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((extent,), (1,)).view(torch.uint8)
 
 
-_arenas: weakref.WeakKeyDictionary[Device, Any] = weakref.WeakKeyDictionary()
-_arenas_lock = threading.Lock()
+class _Arena:
+    """A device's memory for one call at a time, as buffers of at most one piece each.
+
+    It grows by replacement. All who are bound to the old one let go of it first: there is no room for both.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Any] = []
+        self._nbytes, self._piece_bytes = 0, 0
+        self._users: weakref.WeakSet[CopiedCalls] = weakref.WeakSet()
+
+    def is_bound(self, user: CopiedCalls) -> bool:
+        """Whether these calls' kernels point into it."""
+        return user in self._users
+
+    def bind(self, user: CopiedCalls, device: Device, memory: MemoryPlan) -> list[Any]:
+        """The buffers, enough of them for a plan.
+
+        Raises:
+            OutOfDeviceMemory: others use the device's memory.
+        """
+        if self._nbytes < memory.arena_bytes or self._piece_bytes != memory.piece_bytes:
+            for other in self._users:
+                other.release()
+            self._users.clear()
+            self._buffers, self._nbytes, self._piece_bytes = [], 0, memory.piece_bytes
+            nbytes = max(memory.arena_bytes, 4096)
+            sizes = [size for _, size in pieces(nbytes, memory.piece_bytes)]
+            self._buffers = [device.allocate(size, holds=user.roots) for size in sizes]
+            self._nbytes = nbytes
+        self._users.add(user)
+        return self._buffers
 
 
-def _arena_of(device: Device, nbytes: int) -> Any:
-    """The device's arena, at least of a size [B]; a larger one replaces it for all."""
-    with _arenas_lock:
-        arena = _arenas.get(device)
-        if arena is None or arena.size < nbytes:
-            arena = _arenas[device] = device.allocate(max(nbytes, 4096))
-        return arena
+_arenas: weakref.WeakKeyDictionary[Device, _Arena] = weakref.WeakKeyDictionary()  # used under the device's lock

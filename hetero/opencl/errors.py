@@ -10,7 +10,11 @@ class NoOpenCLError(HeteroError):
 
 
 class OutOfDeviceMemory(HeteroError):  # noqa: N818 - says what happened, as torch.OutOfMemoryError does
-    """An allocation is larger than the device has, or than it allows in one piece."""
+    """A compiled graph or an allocation needs more than the device has, or than it allows in one piece."""
+
+
+class DeviceLost(HeteroError):  # noqa: N818 - says what happened
+    """A device has stopped working; what it was computing is lost, and so is every later call in this process."""
 
 
 class OpenCLError(HeteroError):

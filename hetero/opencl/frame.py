@@ -21,9 +21,10 @@ import torch
 
 from hetero.opencl.copied import COPIED_KINDS, CopiedCalls
 from hetero.opencl.ir import Root, View
-from hetero.opencl.memory import MemoryPlan, assign, lifetimes
+from hetero.opencl.memory import MemoryPlan, assign, lifetimes, piece_bytes_of, pieces, require_fit
 from hetero.opencl.outputs import OutputPool, in_layout, show, storage_users, whole_views
 from hetero.opencl.program import Device, PreparedLaunches
+from hetero.opencl.seeds import Seed
 from hetero.opencl.steps import HostStep, Lowered, roots_of, segments
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Plan:
         memory: sizes, known before the first launch.
         roots: all that the steps use or the caller gets.
         pools: memory of each output.
+
+    Raises:
+        OutOfDeviceMemory: the device has no room for it.
     """
 
     def __init__(self, lowered: Lowered, device: Device, *, copies: bool) -> None:
@@ -49,12 +53,16 @@ class Plan:
         kept = [view.root for view in lowered.outputs if isinstance(view, View)]
         is_shared = device.capabilities.shares_host_memory and not copies
         if not is_shared:  # inputs are all there before the first step
-            uses.insert(0, [root for roots in uses for root in roots if root.kind == "input"])
+            uses.insert(0, [root for roots in uses for root in roots if root.kind in ("input", "seed")])
         spans = lifetimes([*uses, kept])
         alignment = max(64, device.capabilities.alignment_bytes)
         in_arena = ("scratch",) if is_shared else COPIED_KINDS
-        self.memory: MemoryPlan = assign(spans, alignment=alignment, in_arena=in_arena)
-        self._copied = None if is_shared else CopiedCalls(lowered, device, tuple(spans), self.memory.arena_bytes)
+        piece_bytes = piece_bytes_of(device.capabilities, alignment)
+        memory = assign(spans, alignment=alignment, in_arena=in_arena, piece_bytes=piece_bytes)
+        on_device = memory.memory_bytes if is_shared else memory.arena_bytes + memory.constant_bytes
+        require_fit(memory, spans, on_device, device.name, device.capabilities)
+        self.memory: MemoryPlan = memory
+        self._copied = None if is_shared else CopiedCalls(lowered, device, tuple(spans), memory)
         self.roots = tuple(spans)
         self.pools = {root: OutputPool(view) for root, view in whole_views(lowered.outputs, ("output",)).items()}
         sizes = [(view.root.nbytes, i) for i, view in enumerate(lowered.inputs) if view is not None]
@@ -96,6 +104,7 @@ class Frame:
         self._segments = segments(device, plan.lowered)
         self._prepared = [s for s in self._segments if isinstance(s, PreparedLaunches)]
         self._bind_own(plan)
+        self._seed = self._bind_seed(plan.lowered.seed)
         self._inputs = self._input_slots()
         self._outputs = [_OutputSlot(root, self._users(root), pool) for root, pool in plan.pools.items()]
         self._wholes = set(whole_views(plan.lowered.outputs, ("output",)).values())
@@ -133,12 +142,16 @@ class Frame:
             if piece.pointer != output.pointer:
                 output.bind(device, piece.pointer)
             fresh[output.root] = piece.tensor.detach()
-        for segment in self._segments:
-            if isinstance(segment, HostStep):
-                self._run_on_host(segment, arguments)
-            else:
-                segment.enqueue()
-        device.finish()
+        if self._seed is not None:
+            self._seed.draw()
+        try:
+            for segment in self._segments:
+                if isinstance(segment, HostStep):
+                    self._run_on_host(segment, arguments)
+                else:
+                    segment.enqueue()
+        finally:
+            device.finish()  # before the inputs may go, whatever happened
         results = self._results(arguments)
         fresh.clear()
         return results
@@ -197,17 +210,27 @@ class Frame:
 
     def _bind_own(self, plan: Plan) -> None:
         """Scratch and saved roots: parts of the arena and of the slab."""
-        device = self._device
+        device, piece_bytes = self._device, plan.memory.piece_bytes
         buffers = {
-            "scratch": device.buffer(self._arena.data_ptr(), self._arena.numel()),
-            "saved": device.buffer(self._slab.data_ptr(), self._slab.numel()),
+            kind: [device.buffer(memory.data_ptr() + start, n) for start, n in pieces(memory.numel(), piece_bytes)]
+            for kind, memory in (("scratch", self._arena), ("saved", self._slab))
         }
         for root in plan.roots:
             users = self._users(root)
             if root.kind in buffers and users:
-                part = device.sub_buffer(buffers[root.kind], root.offset, max(root.nbytes, 4))
+                piece, offset = divmod(root.offset, piece_bytes)
+                part = device.sub_buffer(buffers[root.kind][piece], offset, max(root.nbytes, 4))
                 for prepared in users:
                     prepared.bind(root, part)
+
+    def _bind_seed(self, root: Root | None) -> Seed | None:
+        """Memory of the seed, if anything is random."""
+        if root is None:
+            return None
+        seed = Seed()
+        for prepared in self._users(root):
+            prepared.bind(root, self._device.buffer(seed.tensor.data_ptr(), root.nbytes))
+        return seed
 
     def _users(self, root: Root) -> list[PreparedLaunches]:
         return [prepared for prepared in self._prepared if root in prepared.roots]

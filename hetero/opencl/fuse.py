@@ -13,6 +13,7 @@ expressions themselves: transposed, broadcast and reshaped reads fuse alike.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from hetero.opencl.c_source import literal
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 MAX_OPERATIONS = 64  # of one expression; a longer one is stored on the way
 
 
-class _Split(Exception):  # noqa: N818 - control flow
+class Split(Exception):  # noqa: N818 - control flow
     """A kernel dimension has to be split before the expression fits: (dimension, size of the inner part)."""
 
     def __init__(self, dim: int, inner: int) -> None:
@@ -50,7 +51,7 @@ def build(
     *,
     is_gpu: bool,
     compute_units: int,
-) -> tuple[Launch, list[Pointwise]]:
+) -> tuple[list[Launch], list[Root]]:
     """The launch that computes an expression, with everything pending that it reads.
 
     Args:
@@ -60,28 +61,42 @@ def build(
         compute_units: of the device.
 
     Returns:
-        The launch, and the expressions that it stores: `primary`, and those computed on the way that others read too.
+        The launch, and the roots that it stores: of `primary`, and of what is computed on the way and others read too.
 
     Raises:
         Misfit: store `.root` first.
         Unsupported: no C type for a dtype.
     """
-    order = sorted((d for d, n in enumerate(primary.out.shape) if n != 1), key=lambda d: -primary.out.strides[d])
-    dims = tuple(primary.out.shape[d] for d in order)
-    position = tuple(primary.out.strides[d] for d in order)
+    dims, position = loops_of(primary.out)
     while True:
-        tracer = _Tracer(dims, pending)
+        tracer = Tracer(dims, pending)
         try:
-            stored = tracer.run(primary, position)
+            tracer.operation(primary, position)
+            stored = tracer.store(primary)
             break
-        except _Split as split:
-            d, inner = split.dim, split.inner
-            dims = (*dims[:d], dims[d] // inner, inner, *dims[d + 1 :])
-            position = (*position[:d], position[d] * inner, position[d], *position[d + 1 :])
-    return generate(_merged(tracer.trace), is_gpu=is_gpu, compute_units=compute_units), stored
+        except Split as split:
+            dims, position = split_loop(dims, position, split)
+    return [generate(merged(tracer.trace), is_gpu=is_gpu, compute_units=compute_units)], stored
 
 
-class _Tracer:
+def loops_of(out: View) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Loops over a dense view in the order in which it lies in memory: sizes, and steps in it."""
+    order = sorted((d for d, n in enumerate(out.shape) if n != 1), key=lambda d: -out.strides[d])
+    return tuple(out.shape[d] for d in order), tuple(out.strides[d] for d in order)
+
+
+def split_loop(
+    dims: tuple[int, ...], position: tuple[int, ...], split: Split
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The loops with one of them as two."""
+    d, inner = split.dim, split.inner
+    return (
+        (*dims[:d], dims[d] // inner, inner, *dims[d + 1 :]),
+        (*position[:d], position[d] * inner, position[d], *position[d + 1 :]),
+    )
+
+
+class Tracer:
     """Walks the expression once over given kernel dimensions."""
 
     def __init__(self, dims: tuple[int, ...], pending: Mapping[Root, Pointwise]) -> None:
@@ -90,15 +105,15 @@ class _Tracer:
         self._memo: dict[tuple[Any, ...], int] = {}
         self._positions: dict[Pointwise, tuple[int, ...]] = {}
 
-    def run(self, primary: Pointwise, position: tuple[int, ...]) -> list[Pointwise]:
-        self._operation(primary, position)
+    def store(self, primary: Pointwise | None) -> list[Root]:
+        """Store `primary` and what was computed on the way and others read too; returns the roots."""
         inside = frozenset(node.key for node in self.trace.nodes)
         stored = [node for node in self.trace.nodes if node is primary or self._is_read_outside(node, inside)]
         for node in stored:
             at = self._positions[node]
             strides = self._strides(node, at, node.stored)
             self.trace.stores.append((node.stored, strides, self._memo[node, at]))
-        return stored
+        return [node.out.root for node in stored]
 
     def _is_read_outside(self, node: Pointwise, inside: frozenset[Any]) -> bool:
         if not any(isinstance(operand, View) for operand in node.operands):
@@ -107,7 +122,8 @@ class _Tracer:
         is_whole = all(position) or not self.trace.dims
         return is_whole and not node.readers <= inside
 
-    def _operation(self, node: Pointwise, position: tuple[int, ...]) -> int:
+    def operation(self, node: Pointwise, position: tuple[int, ...]) -> int:
+        """Trace an operation at a position; returns which value it is."""
         if (node, position) in self._memo:
             return self._memo[node, position]
         arguments = tuple(self._operand(node, position, i) for i in range(len(node.operands)))
@@ -127,7 +143,7 @@ class _Tracer:
         if producer is not None:
             if operand.offset != 0 or not is_dense_cover(self.trace.dims, strides, producer.out.numel):
                 raise Misfit(operand.root)
-            return self._operation(producer, strides)
+            return self.operation(producer, strides)
         key = (operand.root, operand.offset, strides)
         return self._add(key, Value(operand.dtype, strides=strides, view=operand))
 
@@ -152,7 +168,7 @@ class _Tracer:
                 inner = end // step
                 if n % inner or inner == 1:
                     raise Misfit(node.out.root)
-                raise _Split(d, inner)
+                raise Split(d, inner)
             result.append(step // stride * wanted)
         return tuple(result)
 
@@ -173,12 +189,15 @@ def is_dense_cover(dims: Sequence[int], strides: Sequence[int], numel: int) -> b
     return expected == numel
 
 
-def _merged(trace: Trace) -> Trace:
-    """The trace with neighbouring dimensions joined where every stride allows it; at least one dimension."""
-    vectors = [v.strides for v in trace.values if v.strides is not None] + [s for _, s, _ in trace.stores]
+def merged(trace: Trace) -> Trace:
+    """The trace with neighbouring loops of one sort joined where every stride allows it; at least one loop."""
+    vectors = [v.strides for v in trace.values if v.strides is not None]
+    vectors += [strides for _, strides, _ in trace.stores] + [strides for _, strides in trace.results]
+    sorts = trace.reduced or (False,) * len(trace.dims)
     groups: list[list[int]] = []
     for d in range(len(trace.dims)):
-        if groups and all(v[groups[-1][-1]] == v[d] * trace.dims[d] for v in vectors):
+        before = groups[-1][-1] if groups else d
+        if groups and sorts[before] == sorts[d] and all(v[before] == v[d] * trace.dims[d] for v in vectors):
             groups[-1].append(d)
         else:
             groups.append([d])
@@ -186,14 +205,15 @@ def _merged(trace: Trace) -> Trace:
     def pick(strides: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(strides[group[-1]] for group in groups) or (0,)
 
-    sizes = []
-    for group in groups:
-        size = 1
-        for d in group:
-            size *= trace.dims[d]
-        sizes.append(size)
+    sizes = tuple(prod(trace.dims[d] for d in group) for group in groups) or (1,)
     for value in trace.values:
         if value.strides is not None:
             value.strides = pick(value.strides)
-    stores = [(view, pick(strides), i) for view, strides, i in trace.stores]
-    return Trace(tuple(sizes) or (1,), trace.values, stores, trace.nodes)
+    return Trace(
+        sizes,
+        trace.values,
+        [(view, pick(strides), i) for view, strides, i in trace.stores],
+        trace.nodes,
+        tuple(sorts[group[0]] for group in groups) or (True,),
+        [(view, pick(strides)) for view, strides in trace.results],
+    )

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from hetero.opencl.buffer_names import name_roots
 from hetero.opencl.frame import Plan
 from hetero.opencl.handlers import HANDLERS
+from hetero.opencl.handlers.random import with_saved_states
 from hetero.opencl.lower import Lowering
 from hetero.opencl.program import Device, open_device
 from hetero.opencl.steps import HostStep
@@ -36,6 +38,7 @@ class Fallback:
 
 _fallbacks: dict[str, dict[Fallback, set[str]]] = {}
 _plans: dict[str, list[MemoryPlan]] = {}
+_owned: dict[tuple[str, str], list[MemoryPlan]] = {}
 _state_lock = threading.Lock()
 
 
@@ -51,10 +54,16 @@ def fallbacks(device: str | Any) -> list[Fallback]:
         return [fallback for fallback, owners in found.items() if owner is None or owner in owners]
 
 
-def memory_plans(device: str) -> list[MemoryPlan]:
-    """Memory of every graph planned for a device in the process, in the order of compilation."""
+def memory_plans(device: str | Any) -> list[MemoryPlan]:
+    """Memory of every graph planned for a device in the process, in the order of compilation.
+
+    Args:
+        device: name of a device; or a callable made by `compile_module`, for its own graphs.
+    """
+    name, owner = (device, None) if isinstance(device, str) else (device.device, device.structure)
+    name = open_device(name).name
     with _state_lock:
-        return list(_plans.get(open_device(device).name, []))
+        return list(_plans.get(name, []) if owner is None else _owned.get((name, owner), []))
 
 
 class CompiledGraph:
@@ -77,6 +86,7 @@ class CompiledGraph:
         self._n_user_outputs, self._is_backward, self._owner = n_user_outputs, is_backward, owner
         self._plans: dict[Any, Plan] = {}
         gm.graph.eliminate_dead_code()
+        with_saved_states(gm.graph)
         values = {node: node.meta.get("val") for node in gm.graph.nodes}
         self._is_dynamic = not all(_is_concrete(v) for v in values.values())
         self._static: Plan | None = None
@@ -107,10 +117,13 @@ class CompiledGraph:
             fallback=self._fallback,
         )
         with self._device.lock:
-            plan = Plan(lowering.run(HANDLERS), self._device, copies=self._copies)
+            lowered = lowering.run(HANDLERS)
+            name_roots(lowered.steps, self._gm.graph)
+            plan = Plan(lowered, self._device, copies=self._copies)
         name = self._device.name
         with _state_lock:
             _plans.setdefault(name, []).append(plan.memory)
+            _owned.setdefault((name, self._owner), []).append(plan.memory)
             for step in plan.lowered.steps:
                 if isinstance(step, HostStep):
                     owners = _fallbacks.setdefault(name, {}).setdefault(Fallback(step.op, step.module), set())

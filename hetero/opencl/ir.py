@@ -21,8 +21,9 @@ class Root:
 
     Attributes:
         kind: `input` (a tensor of the caller's, bound at each call), `constant` (a tensor of the plan's), `scratch`
-            (lives within one call, in the shared arena), `saved` (kept for the backward pass, in the call's slab) or
-            `output` (handed to the caller, allocated at each call).
+            (lives within one call, in the shared arena), `saved` (kept for the backward pass, in the call's slab),
+            `output` (handed to the caller, allocated at each call) or `seed` (of random numbers, drawn by each call:
+            seeds.py).
         nbytes: size [B].
         name: what it holds, for error messages.
         index: position among the graph's inputs, for `input`.
@@ -74,7 +75,32 @@ class LocalMemory:
     nbytes: int
 
 
-Argument = View | int | float | LocalMemory
+@dataclass(frozen=True)
+class Scalar:
+    """A float argument that is set by name before launches are enqueued, and may change between calls."""
+
+    name: str
+
+
+Argument = View | int | float | LocalMemory | Scalar
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Elementwise operations that a kernel does on each finished block of its result: generated code.
+
+    Attributes:
+        op: the operations.
+        source: text that stands in front of the kernel's source: `EPILOGUE_PARAMETERS` and `EPILOGUE_ARGUMENTS`, which
+            the kernel and its call of `epilogue` append to their own, and that function, of rows and columns.
+        arguments: of the parameters; they follow the kernel's own.
+        writes: the views among the arguments that are written.
+    """
+
+    op: str
+    source: str
+    arguments: tuple[Argument, ...]
+    writes: tuple[View, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,7 @@ class Launch:
     """One kernel launch with all its arguments.
 
     A `View` argument becomes two kernel arguments: the buffer of its root and the offset in elements (int).
-    An `int` becomes a 32-bit int, a `float` a 32-bit float.
+    An `int` becomes a 32-bit int, a `float` or a `Scalar` a 32-bit float.
 
     Attributes:
         op: what it is counted as: the ATen op or operations it serves, e.g. `addmm`.
@@ -94,6 +120,7 @@ class Launch:
         writes: the views among the arguments that the kernel writes; all others are read.
         defines: build-time constants, `-D NAME=value`.
         is_generated: whether `source` is the text itself instead of a file name.
+        epilogue: generated code in front of the source, `Epilogue.source`.
     """
 
     op: str
@@ -105,3 +132,4 @@ class Launch:
     writes: tuple[View, ...]
     defines: Mapping[str, int | float | str] = field(default_factory=dict)
     is_generated: bool = False
+    epilogue: str = ""

@@ -10,7 +10,7 @@ import torch
 from hetero.opencl.ir import Argument, Launch, View
 from hetero.opencl.kernels_common import Matrix, Scratch, as_matrix, ceil_div, one_dimension, require_dtype, split_rows
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _EMBEDDING_GROUPS = 8
 _UNIT = 16  # columns are divided in multiples of the widest vector
 
@@ -48,9 +48,10 @@ def layer_norm(
     groups, share = split_rows(m.rows, width)
     arguments: tuple[Argument, ...] = (
         *(x, weight or x, bias or x, out, mean, rstd, m.rows, width, share, m.row, m.column),
-        *(*_present(weight), *_present(bias), o.row, o.column, float(eps)),
+        *(*present(weight), *present(bias), o.row, o.column, float(eps)),
     )
-    return [Launch(op, "layer_norm", "layer_norm.cl", arguments, (groups,), (1,), (out, mean, rstd))]
+    defines = plain(width, m.column, o.column, *vector_columns(weight, bias))
+    return [Launch(op, "layer_norm", "layer_norm.cl", arguments, (groups,), (1,), (out, mean, rstd), defines)]
 
 
 def layer_norm_backward(
@@ -100,11 +101,13 @@ def layer_norm_backward(
         return []
     arguments: tuple[Argument, ...] = (
         *(grad, x, mean, rstd, weight or x, residual or x, dx or somewhere, partial or somewhere),
-        *(m.rows, width, share, padded, g.row, g.column, m.row, m.column, *_present(weight)),
+        *(m.rows, width, share, padded, g.row, g.column, m.row, m.column, *present(weight)),
         *(int(residual is not None), z.row, z.column, int(dx is not None), d.row, d.column, int(has_partial)),
     )
     writes = tuple(view for view in (dx, partial) if view is not None)
-    launches = [Launch(op, "layer_norm_backward", "layer_norm.cl", arguments, (groups,), (1,), writes)]
+    columns = [m.column for m, view in ((d, dx), (z, residual)) if view is not None]
+    defines = plain(width, g.column, m.column, *columns, *vector_columns(weight))
+    launches = [Launch(op, "layer_norm_backward", "layer_norm.cl", arguments, (groups,), (1,), writes, defines)]
     if partial is not None:
         first = dweight or dbias or partial
         weights = (
@@ -114,12 +117,13 @@ def layer_norm_backward(
             groups,
             width,
             padded,
-            *_present(dweight),
-            *_present(dbias),
+            *present(dweight),
+            *present(dbias),
         )
         writes = tuple(view for view in (dweight, dbias) if view is not None)
         grid = (ceil_div(width, _UNIT),)
-        launches.append(Launch(op, "layer_norm_weights", "layer_norm.cl", weights, grid, (1,), writes))
+        defines = plain(width, *vector_columns(dweight, dbias))
+        launches.append(Launch(op, "layer_norm_weights", "layer_norm.cl", weights, grid, (1,), writes, defines))
     return launches
 
 
@@ -170,22 +174,25 @@ def log_softmax_backward(
 
 def _softmax(x: View, out: View, dim: int, is_log: int, op: str) -> list[Launch]:
     require_dtype(torch.float32, x, out)
-    rows, width, inner = _around(x, dim)
+    rows, width, inner = around(x, dim)
     groups, share = split_rows(rows, width)
-    arguments = (x, out, rows, width, inner, share, is_log, *_outer_inner(x, dim), *_outer_inner(out, dim))
-    return [Launch(op, "softmax", "softmax.cl", arguments, (groups,), (1,), (out,))]
+    strides = (*outer_inner(x, dim), *outer_inner(out, dim))
+    arguments = (x, out, rows, width, inner, share, is_log, *strides)
+    return [Launch(op, "softmax", "softmax.cl", arguments, (groups,), (1,), (out,), plain(width, *strides[1::3]))]
 
 
 def _softmax_backward(grad: View, output: View, dx: View, dim: int, is_log: int, op: str) -> list[Launch]:
     require_dtype(torch.float32, grad, output, dx)
-    rows, width, inner = _around(output, dim)
+    rows, width, inner = around(output, dim)
     groups, share = split_rows(rows, width)
-    strides = (*_outer_inner(grad, dim), *_outer_inner(output, dim), *_outer_inner(dx, dim))
+    strides = (*outer_inner(grad, dim), *outer_inner(output, dim), *outer_inner(dx, dim))
     arguments = (grad, output, dx, rows, width, inner, share, is_log, *strides)
-    return [Launch(op, "softmax_backward", "softmax.cl", arguments, (groups,), (1,), (dx,))]
+    return [
+        Launch(op, "softmax_backward", "softmax.cl", arguments, (groups,), (1,), (dx,), plain(width, *strides[1::3]))
+    ]
 
 
-def _around(view: View, dim: int) -> tuple[int, int, int]:
+def around(view: View, dim: int) -> tuple[int, int, int]:
     """(rows, width, how many rows lie after `dim`)."""
     shape = view.shape or (1,)
     dim %= len(shape)
@@ -193,7 +200,7 @@ def _around(view: View, dim: int) -> tuple[int, int, int]:
     return prod(shape[:dim]) * inner, shape[dim], inner
 
 
-def _outer_inner(view: View, dim: int) -> tuple[int, int, int]:
+def outer_inner(view: View, dim: int) -> tuple[int, int, int]:
     """Strides of the dimensions before `dim`, of `dim`, and after it."""
     shape, strides = (view.shape, view.strides) if view.shape else ((1,), (0,))
     dim %= len(shape)
@@ -232,10 +239,14 @@ def nll_loss(
     require_dtype(torch.int64, target)
     m = as_matrix(log_probs, log_probs.shape[-1])
     arguments: tuple[Argument, ...] = (
-        *(log_probs, target, out, total_weight, m.rows, m.columns, ignore_index, _REDUCTIONS[reduction]),
+        *(log_probs, target, out, total_weight, m.rows, m.columns, ignore_index, REDUCTIONS[reduction]),
         *(m.row, m.column, one_dimension(target.shape, target.strides)[1], one_dimension(out.shape, out.strides)[1]),
     )
-    return [Launch(op, "nll_loss", "cross_entropy.cl", arguments, (1,), (1,), (out, total_weight))]
+    return [
+        Launch(
+            op, "nll_loss", "cross_entropy.cl", arguments, (1,), (1,), (out, total_weight), plain(m.columns, m.column)
+        )
+    ]
 
 
 def nll_loss_backward(
@@ -267,10 +278,14 @@ def nll_loss_backward(
     m = as_matrix(dx, dx.shape[-1])
     groups, share = split_rows(m.rows, m.columns)
     arguments: tuple[Argument, ...] = (
-        *(grad, target, total_weight, dx, m.rows, m.columns, share, ignore_index, _REDUCTIONS[reduction]),
+        *(grad, target, total_weight, dx, m.rows, m.columns, share, ignore_index, REDUCTIONS[reduction]),
         *(one_dimension(grad.shape, grad.strides)[1], one_dimension(target.shape, target.strides)[1], m.row, m.column),
     )
-    return [Launch(op, "nll_loss_backward", "cross_entropy.cl", arguments, (groups,), (1,), (dx,))]
+    return [
+        Launch(
+            op, "nll_loss_backward", "cross_entropy.cl", arguments, (groups,), (1,), (dx,), plain(m.columns, m.column)
+        )
+    ]
 
 
 def embedding(weight: View, indices: View, out: View, *, op: str = "embedding") -> list[Launch]:
@@ -293,7 +308,8 @@ def embedding(weight: View, indices: View, out: View, *, op: str = "embedding") 
         *(weight, indices, out, m.rows, weight.shape[0], weight.shape[1], share, weight.strides[0], weight.strides[1]),
         *(one_dimension(indices.shape, indices.strides)[1], m.row, m.column),
     )
-    return [Launch(op, "embedding", "embedding.cl", arguments, (groups,), (1,), (out,))]
+    defines = plain(m.columns, weight.strides[1], m.column)
+    return [Launch(op, "embedding", "embedding.cl", arguments, (groups,), (1,), (out,), defines)]
 
 
 def embedding_backward(
@@ -327,9 +343,21 @@ def embedding_backward(
         *(one_dimension(indices.shape, indices.strides)[1], dweight.strides[0], dweight.strides[1]),
     )
     grid = (ceil_div(m.columns, share),)
-    return [Launch(op, "embedding_backward", "embedding.cl", arguments, grid, (1,), (dweight,))]
+    defines = plain(m.columns, m.column, dweight.strides[1])
+    return [Launch(op, "embedding_backward", "embedding.cl", arguments, grid, (1,), (dweight,), defines)]
 
 
-def _present(vector: View | None) -> tuple[int, int]:
+def plain(width: int, *strides: int) -> dict[str, int]:
+    """PLAIN of the kernels for rows of this width whose columns have these strides."""
+    is_contiguous = all(stride == 1 for stride in strides)
+    return {"PLAIN": 0 if not is_contiguous else 1 if width % _UNIT else 2}
+
+
+def vector_columns(*vectors: View | None) -> list[int]:
+    """Strides of the vectors that are there."""
+    return [one_dimension(vector.shape, vector.strides)[1] for vector in vectors if vector is not None]
+
+
+def present(vector: View | None) -> tuple[int, int]:
     """(1, stride) of a vector that is there, (0, 0) otherwise."""
     return (0, 0) if vector is None else (1, one_dimension(vector.shape, vector.strides)[1])

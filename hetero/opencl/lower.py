@@ -12,18 +12,24 @@ What can't be lowered is an error, or with `fallback="cpu"` a step that runs on 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from hetero.opencl.c_source import require_c_types
+from hetero.opencl.c_source import require_stored_types
 from hetero.opencl.errors import Unsupported, UnsupportedOperationError
-from hetero.opencl.expressions import RULES, expression
+from hetero.opencl.expressions import expression
 from hetero.opencl.fuse import MAX_OPERATIONS, Misfit, build, is_dense_cover
+from hetero.opencl.fuse_epilogue import build_epilogue
+from hetero.opencl.fuse_reduction import Reduction, build_reduction
 from hetero.opencl.ir import Launch, Root, View
 from hetero.opencl.pointwise import Operand, Pointwise
+from hetero.opencl.rules import RULES
+from hetero.opencl.seeds import seed_root
 from hetero.opencl.steps import (
     VIEW_OPS,
     Deferred,
@@ -37,9 +43,12 @@ from hetero.opencl.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 aten = torch.ops.aten
+
+Builder = Callable[..., tuple[list[Launch], list[Root]]]
+"""(what is pending, ...) -> launches, and the roots that are not pending any more."""
 
 
 class Lowering:
@@ -72,6 +81,8 @@ class Lowering:
         self._pointwise: dict[Root, Pointwise] = {}
         self._deferred: dict[Root, Deferred] = {}
         self._inputs: dict[Node, View | None] = {}
+        self._seed: Root | None = None
+        self._n_streams = 0
 
     # --- for the handlers of operations -------------------------------------------------------------------------------
 
@@ -116,7 +127,7 @@ class Lowering:
 
     def defer(self, deferred: Deferred) -> None:
         """Remember a kernel until one of its outputs is needed."""
-        deferred.emit(deferred.outputs, None)  # raises Unsupported now rather than later
+        deferred.emit(deferred.outputs, None, None)  # raises Unsupported now rather than later
         deferred.stored = list(deferred.outputs)
         for view in deferred.outputs:
             self._deferred[view.root] = deferred
@@ -124,6 +135,10 @@ class Lowering:
     def deferred(self, root: Root) -> Deferred | None:
         """The kernel that will write a root, if it is not emitted yet."""
         return self._deferred.get(root)
+
+    def is_expression(self, root: Root) -> bool:
+        """Whether a root is elementwise and not stored yet: what reads it can compute it."""
+        return root in self._pointwise
 
     def readers(self, node: Node) -> set[Node]:
         """All nodes that read what a node yields, looking through views."""
@@ -137,7 +152,7 @@ class Lowering:
 
     def copy(self, source: View, stored: View, *, op: str, reader: Node | None = None) -> None:
         """Write a view (broadcast) into another place, on behalf of a node; fuses with what computes the source."""
-        require_c_types(source.dtype, stored.dtype)
+        require_stored_types(source.dtype, stored.dtype, fp16=self.target.fp16)
         if stored.numel:
             out = self._dense(stored)
             self._remember(Pointwise(op, out, "{0}", (source,), (source.dtype,), source.dtype, stored, key=reader))
@@ -145,27 +160,57 @@ class Lowering:
 
     def fill(self, stored: View, value: float | int, *, op: str) -> None:
         """Write one number into a view."""
-        require_c_types(stored.dtype)
+        require_stored_types(stored.dtype, fp16=self.target.fp16)
         if stored.numel:
             out = self._dense(stored)
             self._remember(Pointwise(op, out, "{0}", (value,), (stored.dtype,), stored.dtype, stored))
             self.store(out.root)
 
+    def random_stream(self, node: Node) -> tuple[View, int]:
+        """Where a random operation finds its seed, (2,) int64, and what it adds to the seed's stream.
+
+        A call draws one seed for all, and each operation has a stream of its own. One that is computed again in the
+        backward pass (handlers/random.py) has the state of the first time, and adds nothing.
+        """
+        state = node.meta.get("rng_state")
+        if state is not None:
+            return self.read(state), 0
+        self._seed = self._seed or seed_root()
+        self._n_streams += 1
+        return View(self._seed, 0, (2,), (1,), torch.int64), self._n_streams
+
     def pointwise(
         self, node: Node, template: str, operands: Sequence[Operand], types: Sequence[torch.dtype], result: torch.dtype
     ) -> None:
         """Remember an elementwise operation as what a node yields."""
-        like = self.values[node]
-        require_c_types(like.dtype, *(operand.dtype for operand in operands if isinstance(operand, View)))
+        readers, name = frozenset(self.readers(node)), operation_name(node)
+        out = self.expression(name, self.values[node], template, operands, types, result, readers=readers, key=node)
+        self._views[node] = out
+        pending = self._pointwise.get(out.root)
+        if pending is not None and pending.reads & self._deferred.keys() and all(r.op == "output" for r in readers):
+            self.store(out.root)  # as `defer` in handlers/registry.py: what the product reads can be given up
+
+    def expression(
+        self,
+        name: str,
+        like: torch.Tensor,
+        template: str,
+        operands: Sequence[Operand],
+        types: Sequence[torch.dtype],
+        result: torch.dtype,
+        *,
+        readers: frozenset[Any],
+        key: Any,
+    ) -> View:
+        """Remember an elementwise operation that is a part of what a node yields: see `Pointwise`."""
+        dtypes = [operand.dtype for operand in operands if isinstance(operand, View)]
+        require_stored_types(like.dtype, *dtypes, fp16=self.target.fp16)
         if like.numel() and not is_dense_cover(like.shape, like.stride(), like.numel()):
             raise Unsupported("an elementwise result with gaps")
-        out = self.new(like, str(node))
-        self._views[node] = out
-        if like.numel() == 0:
-            return
-        readers = frozenset(self.readers(node))
-        name = operation_name(node)
-        self._remember(Pointwise(name, out, template, tuple(operands), tuple(types), result, out, readers, node))
+        out = self.new(like, name)
+        if like.numel():
+            self._remember(Pointwise(name, out, template, tuple(operands), tuple(types), result, out, readers, key))
+        return out
 
     def store(self, root: Root) -> None:
         """Emit what computes a root, if that has not been done."""
@@ -173,21 +218,47 @@ class Lowering:
         if deferred is not None:
             for view in deferred.outputs:
                 self._deferred.pop(view.root, None)
-            self.emit(deferred.emit(deferred.stored, None))
+            self.emit(deferred.emit(deferred.stored, None, None))
             return
         primary = self._pointwise.get(root)
         if primary is None:
             return
-        is_gpu = self.target.kind == "gpu"
+        self._emit_fused(lambda: self._builder(primary))
+
+    def _builder(self, primary: Pointwise) -> Builder:
+        """What stores an expression: a kernel that was put off for it, or a kernel of its own."""
+        products = [root for root in self._deferred if root in primary.reads]
+        for root in products[:-1]:
+            self.store(root)
+        if not products:
+            return partial(build, primary)
+        return partial(build_epilogue, primary, self._deferred[products[-1]])
+
+    def reduce(self, reduction: Reduction) -> None:
+        """Emit a reduction, with everything pending that it reads."""
+        source = reduction.source.operands[0]
+        assert isinstance(source, View)
+        pending = self._pointwise.get(source.root)
+        reads = {source.root} if pending is None else pending.reads
+        if pending is not None and len(pending.readers) > 1 and reads & self._deferred.keys():
+            self.store(source.root)  # it is stored anyway: better with the product that it reads
+        for root in [root for root in self._deferred if root in reads]:
+            self.store(root)
+        self._emit_fused(lambda: partial(build_reduction, reduction))
+
+    def _emit_fused(self, choose: Callable[[], Builder]) -> None:
         while True:
             try:
-                launch, stored = build(primary, self._pointwise, is_gpu=is_gpu, compute_units=self.target.compute_units)
+                launches, done = choose()(
+                    self._pointwise, is_gpu=self.target.kind == "gpu", compute_units=self.target.compute_units
+                )
                 break
             except Misfit as misfit:
-                self.store(misfit.root)  # never `root` itself: an expression fits its own layout
-        for node in stored:
-            del self._pointwise[node.out.root]
-        self.emit([launch])
+                self.store(misfit.root)  # never the expression's own: it fits its own layout
+        for root in done:
+            self._pointwise.pop(root, None)
+            self._deferred.pop(root, None)
+        self.emit(launches)
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +282,7 @@ class Lowering:
             elif not isinstance(self.values[node], (int, float, bool)) and (node.users or not _is_pure(node)):
                 self._call(node, handlers)
         views, is_input = self._finish(outputs)
-        return Lowered(tuple(self.steps), tuple(self._inputs.values()), views, is_input)
+        return Lowered(tuple(self.steps), tuple(self._inputs.values()), views, is_input, self._seed)
 
     def _placeholder(self, node: Node) -> None:
         value, index = self.values[node], len(self._inputs)
@@ -276,14 +347,16 @@ class Lowering:
         """Make it pending; what it reads is stored first if that isn't an expression or the whole gets too long."""
         views = [operand for operand in pointwise.operands if isinstance(operand, View)]
         for view in views:
-            if view.root in self._deferred:
+            deferred = self._deferred.get(view.root)
+            if deferred is not None and not deferred.takes_epilogue:
                 self.store(view.root)
         pending = [self._pointwise[view.root] for view in views if view.root in self._pointwise]
-        roots = {view.root for view in views}.union(*(p.reads for p in pending)) & self._pointwise.keys()
+        roots = {view.root for view in views}.union(*(p.reads for p in pending))
+        roots &= self._pointwise.keys() | self._deferred.keys()
         if len(roots) >= MAX_OPERATIONS:
             for p in pending:
                 self.store(p.out.root)
-            roots = set()
+            roots = {view.root for view in views} & self._deferred.keys()
         pointwise.reads = frozenset(roots)
         self._pointwise[pointwise.out.root] = pointwise
 
@@ -328,12 +401,19 @@ class Lowering:
         place = View(out.root, 0, target.shape, target.strides, out.dtype)
         outputs = [*deferred.outputs[:at], place, *deferred.outputs[at + 1 :]]
         try:
-            emit(outputs, residual)
+            emit(outputs, residual, None)
         except Unsupported:
             return False
         del self._deferred[target.root]
         self._views[node] = out
-        self.defer(Deferred(outputs, lambda stored, _: emit(stored, residual)))
+        self.defer(
+            Deferred(
+                outputs,
+                lambda stored, _, epilogue: emit(stored, residual, epilogue),
+                takes_epilogue=deferred.takes_epilogue,
+                readers=frozenset(self.readers(node)),
+            )
+        )
         return True
 
     def _dense(self, view: View) -> View:
@@ -348,7 +428,7 @@ class Lowering:
 
     def _host(self, node: Node, reason: Unsupported) -> None:
         module = module_path(node)
-        if self._fallback != "cpu":
+        if self._fallback != "cpu" or "rng_state" in node.meta:  # the host can't repeat what it drew
             raise UnsupportedOperationError(operation_name(node), module, str(reason.message))
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Node) and leaf in self._views]

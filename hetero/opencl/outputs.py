@@ -85,7 +85,8 @@ def whole_views(outputs: Sequence[View | float | int | None], kinds: Sequence[st
     for view in outputs:
         if isinstance(view, View) and view.root.kind in kinds:
             length = view.root.nbytes // view.dtype.itemsize
-            is_whole = view.offset == 0 and is_dense_cover(view.shape, view.strides, length)
+            is_empty = length > 0 and view.numel == 0  # a view without elements of memory that is computed
+            is_whole = view.offset == 0 and not is_empty and is_dense_cover(view.shape, view.strides, length)
             if is_whole or view.root not in wholes:
                 wholes[view.root] = view if is_whole else View(view.root, 0, (length,), (1,), view.dtype)
     return wholes

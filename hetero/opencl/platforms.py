@@ -11,7 +11,9 @@ from typing import Any
 
 from hetero.errors import DeviceError
 from hetero.opencl.errors import NoOpenCLError
+from hetero.opencl.vendors import shown_to_the_loader
 
+_CHECKER, _INTEL = "Oclgrind", "Intel(R) OpenCL"
 _NAME = re.compile(r"opencl(?::(?P<first>\d+)(?::(?P<second>\d+))?(?:\.(?P<sub>\d+))?)?")
 _lock = threading.RLock()
 
@@ -29,6 +31,9 @@ class Capabilities:
         shares_host_memory: buffers over torch's memory are the memory itself; no copies.
         alignment_bytes: offsets of sub-buffers are multiples of it [B].
         lanes: floats of a vector register: 8 or 16.
+        max_work_group_size: work-items of a work-group at most.
+        subgroups: has functions of sub-groups (cl_khr_subgroups or cl_intel_subgroups).
+        fp16: computes with `half` (cl_khr_fp16).
     """
 
     kind: str
@@ -39,6 +44,9 @@ class Capabilities:
     shares_host_memory: bool
     alignment_bytes: int
     lanes: int
+    max_work_group_size: int
+    subgroups: bool
+    fp16: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,19 @@ def opencl() -> Any:
     return pyopencl
 
 
+def _platforms(cl: Any) -> list[Any]:
+    """The loader's platforms in its order, then what we added; so adding a driver renumbers nothing.
+
+    Oclgrind interprets kernels to check them. It is here only where it is alone, so that its wheel can be installed
+    beside real drivers.
+    """
+    with shown_to_the_loader() as has_added_intel:
+        found = cl.get_platforms()
+    if has_added_intel:
+        found.sort(key=lambda platform: bool(platform.name == _INTEL))
+    return [platform for platform in found if platform.name != _CHECKER] or found
+
+
 @cache
 def _devices() -> list[tuple[int, int, Any]]:
     """(platform, index, device) of every device there is."""
@@ -93,8 +114,8 @@ def _devices() -> list[tuple[int, int, Any]]:
         "pip install 'pyopencl[pocl]' (runs on any CPU), or install your device's driver; then look at OCL_ICD_VENDORS"
     )
     try:
-        platforms = cl.get_platforms()
-    except cl.Error as error:
+        platforms = _platforms(cl)
+    except (cl.Error, OSError) as error:
         raise NoOpenCLError("there is no OpenCL platform", found=str(error), remedy=remedy) from error
     found = []
     for i, platform in enumerate(platforms):
@@ -123,6 +144,7 @@ def _subdevices(flat: int) -> list[Any]:
 
 def _capabilities(device: Any) -> Capabilities:
     cl = opencl()
+    extensions = set(device.extensions.split())
     return Capabilities(
         kind="cpu" if device.type & cl.device_type.CPU else "gpu",
         compute_units=device.max_compute_units,
@@ -132,6 +154,9 @@ def _capabilities(device: Any) -> Capabilities:
         shares_host_memory=bool(device.type & cl.device_type.CPU and device.host_unified_memory),
         alignment_bytes=max(device.mem_base_addr_align // 8, 1),
         lanes=16 if device.native_vector_width_float >= 16 else 8,
+        max_work_group_size=device.max_work_group_size,
+        subgroups=not extensions.isdisjoint({"cl_khr_subgroups", "cl_intel_subgroups"}),
+        fp16="cl_khr_fp16" in extensions,
     )
 
 

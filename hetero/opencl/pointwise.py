@@ -36,7 +36,8 @@ class Pointwise:
         stored: where the result goes when it is stored; `out` unless it is a slice of something larger.
         readers: what reads the result, as opaque keys.
         key: its own key among the readers of others.
-        reads: roots of all expressions, not stored when this one was made, that it reads directly or through others.
+        reads: roots of all expressions and products, not stored when this one was made, that it reads directly or
+            through others.
     """
 
     op: str
@@ -65,9 +66,20 @@ class Value:
 
 @dataclass
 class Trace:
-    """A kernel before code generation: dimensions (outermost first), values in order, stores."""
+    """A kernel before code generation.
+
+    Attributes:
+        dims: sizes of the loops, outermost first.
+        values: variables in the order of their computation.
+        stores: (where, strides, position among the values).
+        nodes: the operations.
+        reduced: of each loop whether it is reduced over; empty: none is.
+        results: (where, strides) of what a reduction yields; strides of reduced loops are 0.
+    """
 
     dims: tuple[int, ...]
     values: list[Value] = field(default_factory=list)
     stores: list[tuple[View, tuple[int, ...], int]] = field(default_factory=list)
     nodes: list[Pointwise] = field(default_factory=list)
+    reduced: tuple[bool, ...] = ()
+    results: list[tuple[View, tuple[int, ...]]] = field(default_factory=list)

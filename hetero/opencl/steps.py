@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hetero.opencl.ir import Launch, Root, View
+from hetero.opencl.ir import Epilogue, Launch, Root, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,8 +39,10 @@ VIEW_OPS = frozenset(
         aten.select.int,
         aten.detach.default,
         aten.alias.default,
-        aten.as_strided.default,
         aten.diagonal.default,
+        aten.unfold.default,
+        aten.lift.default,
+        aten.lift_fresh.default,
     }
 )
 
@@ -59,6 +61,18 @@ class Target(Protocol):
     @property
     def local_memory_bytes(self) -> int:
         """Local memory of a work-group [B]."""
+
+    @property
+    def max_work_group_size(self) -> int:
+        """Work-items of a work-group at most."""
+
+    @property
+    def subgroups(self) -> bool:
+        """Whether kernels may use functions of sub-groups."""
+
+    @property
+    def fp16(self) -> bool:
+        """Whether kernels may use `half`."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +99,21 @@ Step = Launch | HostStep
 
 @dataclass(eq=False)
 class Deferred:
-    """A kernel that is emitted at its first use, perhaps with a residual or into other memory.
+    """A kernel that is emitted at its first use, perhaps with a residual, an epilogue, or into other memory.
 
     Attributes:
         outputs: where its results are read from; `stored` at the same place says where they go.
-        emit: (stored, residual) -> launches.
+        emit: (stored, residual, epilogue) -> launches.
         residual: position of the output that a residual can be added to, or -1.
+        takes_epilogue: whether elementwise operations on the only output can be a part of its launch.
+        readers: what reads the outputs, as opaque keys.
     """
 
     outputs: list[View]
-    emit: Callable[[Sequence[View], View | None], list[Launch]]
+    emit: Callable[[Sequence[View], View | None, Epilogue | None], list[Launch]]
     residual: int = -1
+    takes_epilogue: bool = False
+    readers: frozenset[Any] = frozenset()
     stored: list[View] = field(default_factory=list)
 
 
@@ -108,12 +126,14 @@ class Lowered:
         inputs: root of each input; None for a number.
         outputs: of each output its view, or a number or None; an `input` root's view may be the input itself.
         is_input: for each output the index of the input that it is, or -1.
+        seed: what a call has to draw first; None if nothing is random.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[View | None, ...]
     outputs: tuple[View | float | int | None, ...]
     is_input: tuple[int, ...]
+    seed: Root | None = None
 
 
 def roots_of(step: Step) -> list[Root]:

@@ -87,14 +87,13 @@ def greedy_by_bytes(
     wish: list[str] = []
     current, used = 0, 0
     for layer in costs.layers:
-        nbytes = layer_bytes(layer, costs)
         while current < len(devices) - 1:
             device = topology.device(devices[current])
-            if used + nbytes <= max_memory.get(device.name, device.memory_bytes):
+            if used + layer_bytes(layer, costs, device.name) <= max_memory.get(device.name, device.memory_bytes):
                 break
             current, used = current + 1, 0
         wish.append(devices[current])
-        used += nbytes
+        used += layer_bytes(layer, costs, devices[current])
     return wish
 
 

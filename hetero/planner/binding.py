@@ -35,7 +35,7 @@ def binding_constraint(
 
 
 def _memory(problem: Problem, solution: Solution, time_limit_s: float) -> str:
-    total = int(problem.nbytes.sum())
+    total = int(problem.nbytes.max(axis=1).sum())
     if total <= min([int(problem.limits.min()), *(pool.limit for pool in problem.pools)]):
         return ""
     try:
@@ -46,7 +46,8 @@ def _memory(problem: Problem, solution: Solution, time_limit_s: float) -> str:
         return ""
     filled = dict.fromkeys(range(len(problem.devices)), 0)
     for device, first, last in solution.stages:
-        filled[problem.devices.index(device)] += int(problem.nbytes[first : last + 1].sum())
+        d = problem.devices.index(device)
+        filled[d] += int(problem.nbytes[first : last + 1, d].sum())
     places = [(problem.devices[d], filled[d], int(problem.limits[d])) for d in filled if filled[d]]
     places += [(f"pool {p.name}", sum(filled[d] for d in p.members), p.limit) for p in problem.pools]
     name, used, limit = max(places, key=lambda place: place[1] / max(place[2], 1))

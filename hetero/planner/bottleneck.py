@@ -62,9 +62,9 @@ class _Reach:
         self.overhead: Floats = problem.overhead[:, int(backward)]
         self.reps = classes.representatives
         self.prefix = np.vstack([np.zeros(len(runs[0])), np.cumsum(self.times, axis=0)])
-        nbytes = np.concatenate([[0], np.cumsum(problem.nbytes)])
         self.stop = np.empty((len(self.reps), self.n_layers + 1), np.int64)
         for c, d in enumerate(self.reps):
+            nbytes = np.concatenate([[0], np.cumsum(problem.nbytes[:, d])])
             fits = np.searchsorted(nbytes.astype(float), nbytes + float(problem.limits[d]), side="right") - 1
             gaps = np.append(np.flatnonzero(~runs[:, d]), self.n_layers)
             self.stop[c] = np.minimum(fits, gaps[np.searchsorted(gaps, np.arange(self.n_layers + 1))])

@@ -294,5 +294,6 @@ def _refuse(problem: Problem, found: Found, deadline: float, *, is_only: bool) -
             remedy="remove a pin, add a link, or add a device",
         )
     free = {problem.devices[d]: bytes_free for d, bytes_free in limited.free.items()}
-    needed = int(problem.nbytes[limited.reached])
+    runs = np.isfinite(problem.forward[limited.reached])
+    needed = int(problem.nbytes[limited.reached][runs].min())
     refuse_memory(layer, needed, free, after=f" after the {limited.reached} layers before it")

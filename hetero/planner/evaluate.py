@@ -69,7 +69,7 @@ def evaluate(
     """
     _check_cover(stages, len(costs.layers))
     _check_devices(stages, costs, topology)
-    filled = [_stage_bytes(costs, first, last) for _, first, last in stages]
+    filled = [_stage_bytes(costs, device, first, last) for device, first, last in stages]
     _check_memory(stages, filled, topology, max_memory or {})
     transfers = _transfers(stages, costs, topology)
     hops = [transfer.seconds for transfer in transfers]
@@ -108,11 +108,13 @@ def _check_devices(stages: Placement, costs: Costs, topology: Topology) -> None:
                 raise PlacementError(f"layer {layer.name!r} can't run on {device!r}", found=", ".join(layer.times))
 
 
-def _stage_bytes(costs: Costs, first: int, last: int) -> int:
+def _stage_bytes(costs: Costs, device: str, first: int, last: int) -> int:
     total = 0
     for layer in costs.layers[first : last + 1]:
         state = -int(-costs.optimizer_factor * layer.trainable_bytes // 1)
-        total += layer.parameter_bytes + state + layer.saved_bytes * costs.n_microbatches
+        there = layer.times[device]
+        kept = there.call_bytes if there.call_bytes > layer.saved_bytes else layer.saved_bytes
+        total += layer.parameter_bytes + state + kept * costs.n_microbatches + there.scratch_bytes
     return total
 
 

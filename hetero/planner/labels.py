@@ -91,12 +91,12 @@ class LabelSearch:
         self.n_layers, self.n_devices = problem.forward.shape
         self.runs = np.isfinite(problem.forward)
         self.groups = [group for group in problem.core_groups if len(group) > 1 or not problem.contiguous]
-        held = np.where(self.runs, problem.nbytes[:, None], 0).sum(axis=0)
+        held = np.where(self.runs, problem.nbytes, 0).sum(axis=0)
         own = [Pool(name, (d,), int(problem.limits[d])) for d, name in enumerate(problem.devices)]
         self.pools = [
             pool
             for pool in (*problem.pools, *([] if problem.contiguous else own))
-            if pool.limit < min(sum(int(held[d]) for d in pool.members), int(problem.nbytes.sum()))
+            if pool.limit < min(sum(int(held[d]) for d in pool.members), int(problem.nbytes.max(axis=1).sum()))
         ]
         self.is_limited = problem.contiguous and bool((problem.limits < held).any())
         self._layout()
@@ -138,9 +138,9 @@ class LabelSearch:
                 target[..., self.shared_b.start + k] = b * inside
         for k, pool in enumerate(self.pools):
             inside = np.array([d in pool.members for d in range(self.n_devices)], float)
-            self.add[..., self.pool_bytes.start + k] = p.nbytes[:, None] * inside
+            self.add[..., self.pool_bytes.start + k] = p.nbytes * inside
         if self.is_limited:
-            self.add[..., self.own_bytes.start] = p.nbytes[:, None]
+            self.add[..., self.own_bytes.start] = p.nbytes
         for k, bound in enumerate(self.bounds):
             self.add[..., self.bound_columns.start + k] = np.where(self.runs, bound.price, 0.0)
             self.opening[..., self.bound_columns.start + k] = bound.opening

@@ -62,7 +62,7 @@ class Problem:
         overhead: (D, 2) fixed time of a stage's forward and backward call [s].
         contention: (D, 2) how many times as long passes take where devices of two `crews` are used.
         crews: devices that slow those of the others.
-        nbytes: (L,) memory that a layer fills on its device [B].
+        nbytes: (L, D) memory that a layer fills on a device [B].
         latency: (D, D) time of an empty transfer [s]; infinite: no link.
         inverse_bandwidth: (D, D) [s/B].
         output_bytes: (L,) what a layer hands to the next one for one micro-batch [B].
@@ -161,9 +161,9 @@ def build(
     devices = [topology.device(name) for name in names if any(name in run for run in able.values())]
     limits = _limits(devices, topology, max_memory)
     pools = _pools(devices, topology, max_memory)
-    nbytes = np.array([layer_bytes(layer, costs) for layer in costs.layers], np.int64)
-    for layer, needed in zip(costs.layers, nbytes, strict=True):
-        _check_fits(layer.name, int(needed), able[layer.name], devices, limits, pools)
+    nbytes = np.array([[layer_bytes(layer, costs, d.name) for d in devices] for layer in costs.layers], np.int64)
+    for layer, needed in zip(costs.layers, nbytes.tolist(), strict=True):
+        _check_fits(layer.name, needed, able[layer.name], devices, limits, pools)
     forward, backward = _times(costs, devices, able)
     latency, inverse_bandwidth = _links(costs, topology, devices)
     overheads = [costs.overheads.get(device.name) for device in devices]
@@ -200,10 +200,12 @@ def _crews(devices: Sequence[Device], costs: Costs) -> tuple[tuple[int, ...], ..
     return tuple(map(tuple, crews.values()))
 
 
-def layer_bytes(layer: LayerCost, costs: Costs) -> int:
-    """Memory that a layer fills in a training step with all micro-batches in flight [B]."""
+def layer_bytes(layer: LayerCost, costs: Costs, device: str) -> int:
+    """Memory that a layer fills on a device in a training step with all micro-batches in flight [B]."""
     training = math.ceil(costs.optimizer_factor * layer.trainable_bytes)
-    return layer.parameter_bytes + training + layer.saved_bytes * costs.n_microbatches
+    own = layer.times.get(device)
+    saved = max(layer.saved_bytes, own.call_bytes if own else 0)
+    return layer.parameter_bytes + training + saved * costs.n_microbatches + (own.scratch_bytes if own else 0)
 
 
 def _check_microbatches(costs: Costs, n_microbatches: int | None) -> None:
@@ -316,7 +318,7 @@ def _pools(devices: Sequence[Device], topology: Topology, max_memory: Mapping[st
 
 def _check_fits(
     layer: str,
-    needed: int,
+    needed: Sequence[int],
     able: Sequence[str],
     devices: Sequence[Device],
     limits: Sequence[int],
@@ -328,8 +330,9 @@ def _check_fits(
         for k, device in enumerate(devices)
         if device.name in able
     }
-    if needed > max(free.values()):
-        refuse_memory(layer, needed, free)
+    wanted = {device.name: nbytes for device, nbytes in zip(devices, needed, strict=True) if device.name in able}
+    if all(wanted[name] > free[name] for name in free):
+        refuse_memory(layer, min(wanted.values()), free)
 
 
 def refuse_short_memory(problem: Problem) -> None:
@@ -344,7 +347,8 @@ def refuse_short_memory(problem: Problem) -> None:
         free += min(pool.limit, sum(int(problem.limits[d]) for d in inside))
         left -= inside
     free += sum(int(problem.limits[d]) for d in left)
-    if (needed := int(problem.nbytes.sum())) > free:
+    least = np.where(np.isfinite(problem.forward), problem.nbytes, np.iinfo(np.int64).max).min(axis=1)
+    if (needed := sum(least.tolist())) > free:
         raise PlacementError(
             "the layers need more memory than all devices have together",
             found=f"{free} B free on {', '.join(problem.devices[d] for d in members)}",

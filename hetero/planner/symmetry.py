@@ -59,7 +59,8 @@ def _interchangeable(problem: Problem, u: int, v: int) -> bool:
         return False
     if problem.limits[u] != problem.limits[v]:
         return False
-    if not all(np.array_equal(table[:, u], table[:, v]) for table in (problem.forward, problem.backward)):
+    of_layers = (problem.forward, problem.backward, problem.nbytes)
+    if not all(np.array_equal(table[:, u], table[:, v]) for table in of_layers):
         return False
     if not all(np.array_equal(table[u], table[v]) for table in (problem.overhead, problem.contention)):
         return False

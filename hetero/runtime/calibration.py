@@ -263,4 +263,6 @@ def _net(sample: Sample, fixed: StageOverhead) -> LayerTime:
         max(sample.backward_s - fixed.backward_s, 0.0),
         sample.error,
         "profiled",
+        sample.call_bytes,
+        sample.scratch_bytes,
     )

@@ -37,11 +37,16 @@ Rounds = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Sample:
-    """Medians of one workload [s] and the half width of the relative interval around them."""
+    """Medians of one workload [s] and the half width of the relative interval around them; its memory [B].
+
+    Memory is 0 where the backend doesn't plan it; `Stage.memory_bytes` says what the two are.
+    """
 
     forward_s: float
     backward_s: float
     error: float
+    call_bytes: int
+    scratch_bytes: int
 
     def to_json(self) -> dict[str, float]:
         """The fields."""
@@ -50,7 +55,8 @@ class Sample:
     @classmethod
     def from_json(cls, data: dict[str, float]) -> Sample:
         """The inverse of `to_json`."""
-        return cls(**{name: float(value) for name, value in data.items()})
+        forward_s, backward_s, error = (float(data[name]) for name in ("forward_s", "backward_s", "error"))
+        return cls(forward_s, backward_s, error, int(data["call_bytes"]), int(data["scratch_bytes"]))
 
 
 @dataclass
@@ -102,7 +108,8 @@ class Workload:
     def sample(self) -> Sample:
         """Medians and spread of the rounds: a step's time is the sum of a round's passes, outliers included."""
         spreads = [_relative_spread(times) for times in (self.forward, self.backward)]
-        return Sample(statistics.median(self.forward), statistics.median(self.backward), max(_LEAST_ERROR, *spreads))
+        medians = statistics.median(self.forward), statistics.median(self.backward)
+        return Sample(*medians, max(_LEAST_ERROR, *spreads), *self.stage.memory_bytes())
 
 
 def measure(workers: Sequence[Worker], workloads: Sequence[Sequence[Workload]], n_slots: int) -> list[list[Sample]]:

@@ -201,6 +201,11 @@ class Stage:
         if self._where.type == "cuda":
             torch.cuda.synchronize(self._where)
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """What a slot keeps on the device, and what all calls share there [B]; 0 where no backend plans memory."""
+        known = [compiled.memory_bytes() for compiled in self._compiled.values() if hasattr(compiled, "memory_bytes")]
+        return max((call for call, _ in known), default=0), max((scratch for _, scratch in known), default=0)
+
     def launches(self) -> dict[str, int]:
         """Launches on the device so far, by op."""
         return self._backend.launches(self.device.name)

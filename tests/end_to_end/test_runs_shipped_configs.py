@@ -67,8 +67,8 @@ def cache(tmp_path_factory):
         yield
 
 
-def test_there_are_the_five_that_the_readme_names():
-    assert NAMES == ["classical", "cluster", "opencl", "quickstart", "shots"]
+def test_there_are_those_that_the_readme_names():
+    assert NAMES == ["classical", "cluster", "llama", "opencl", "quickstart", "shots"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -66,6 +66,23 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert _same(saved, loaded)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_every_family_comes_back_to_the_bit(tmp_path: Path, family: str) -> None:
+    saved = _trained(3, family=family)
+    checkpoint.save(tmp_path, *saved, 5, {})
+    loaded = _trained(4, steps=0, family=family)
+    checkpoint.load(tmp_path, *loaded)
+    assert _same(saved, loaded)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_one_of_its_null(two: Path) -> None:
+    newer = {**CONFIG, "model": {**CONFIG["model"], "n_kv_head": None}}
+    assert checkpoint.load(two, _model(9), config=newer) == checkpoint.Loaded(2, {"offset": 20})
+    newer["model"]["n_kv_head"] = 2
+    with pytest.raises(lm.CheckpointError, match=r"model\.n_kv_head"):
+        checkpoint.load(two, _model(9), config=newer)
+
+
 def test_weights_alone_can_be_loaded(two: Path) -> None:
     model = _model(9)
     assert checkpoint.load(two, model) == checkpoint.Loaded(2, {"offset": 20})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hetero.opencl import kernels
 from hetero.opencl.errors import Unsupported
 from tests.kernel_harness import EPS, LAYOUTS, OUTPUT_LAYOUTS, Bench, check, empty, layout
+from tests.philox import attention_words
 
 LENGTHS = [1, 2, 13, 31, 32, 33, 64, 65, 129, 150]
 WIDTHS = [1, 3, 8, 16, 17, 64, 70]
@@ -154,3 +155,140 @@ def test_the_same_bits_on_one_core_and_on_all():
     q, k, v, grad = (_random(2, 4, 150, 16, seed=s) for s in range(4))
     results = [_ours(Bench(n), q, k, v, grad, scale=0.25, is_causal=True) for n in ("opencl:0", "opencl:0.1")]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- masks, dropout, shared heads -------------------------------------------------------------------------------------
+
+KEY, STREAM = -(2**63) + 12345, 7
+
+
+def _keep(heads, queries, keys, p):
+    """1 / (1 - p) where a weight is kept, 0 elsewhere, (heads, queries, keys)."""
+    words = attention_words(heads, queries, keys, KEY % 2**64, STREAM + 2)
+    return torch.from_numpy((words >= round(p * 2**32)).astype("float64")) / (1 - p)
+
+
+def _general(bench, q, k, v, grad, mask, p, *, scale, is_causal, wants_dmask=False, local=0):
+    """(out, lse, dq, dk, dv, dmask)."""
+    out, lse = empty(*q.shape[:3], v.shape[3]), empty(*q.shape[:3])
+    gradients = [empty(*t.shape) for t in (q, k, v)]
+    options = {"scale": scale, "is_causal": is_causal, "local_memory_bytes": local or _local(bench)}
+    if mask is not None:
+        options["mask"] = bench.view(mask.expand(*q.shape[:3], k.shape[2]))
+    if p:
+        seed = bench.view(torch.tensor([KEY, 2]))
+        options["dropout"] = kernels.Dropout(p, seed, STREAM)
+    dmask = empty(*q.shape[:3], k.shape[2])
+    views = [bench.view(t) for t in (q, k, v, out, lse)]
+    bench.run(kernels.attention(*views, **options))
+    more = {"dmask": bench.view(dmask)} if wants_dmask else {}
+    backward = kernels.attention_backward(bench.view(grad), *views, *map(bench.view, gradients), **options, **more)
+    bench.run(backward)
+    return out, lse, *gradients, *([dmask] if wants_dmask else [])
+
+
+def _general_reference(q, k, v, grad, mask, p, *, scale, is_causal, wants_dmask=False):
+    share = q.shape[1] // k.shape[1]
+    leaves = [t.double().detach().requires_grad_() for t in (q, k, v)]
+    q, k, v = leaves[0], *(t.repeat_interleave(share, 1) for t in leaves[1:])
+    scores = q @ k.transpose(-1, -2) * scale
+    mask = torch.zeros(()) if mask is None else mask
+    mask = mask.double().expand(scores.shape).clone().requires_grad_()
+    scores = scores + mask
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -float("inf"))
+    is_seen = (scores > -float("inf")).any(-1, keepdim=True)
+    scores = torch.where(is_seen, scores, 0.0)
+    weights = torch.where(is_seen, scores.softmax(-1), 0.0)
+    keep = _keep(q.shape[0] * q.shape[1], *scores.shape[-2:], p).view(scores.shape) if p else 1.0
+    out = (weights * keep) @ v
+    gradients = torch.autograd.grad(out, [*leaves, *([mask] if wants_dmask else [])], grad.double())
+    lse = torch.where(is_seen, scores, -float("inf")).logsumexp(-1).detach()
+    return out.detach(), torch.where(is_seen[..., 0], lse, 0.0), *gradients
+
+
+def _general_tolerances(q, k, v, grad, mask, p, scale):
+    """As `_tolerances`; values and gradients grow by 1 / (1 - p), sums by the heads that share, scores by the mask."""
+    share, grown = q.shape[1] // k.shape[1], 1 / (1 - p)
+    extra = 1.0 if mask is None else 1 + float(torch.where(mask.isfinite(), mask, 0.0).abs().max())
+    out, lse, dq, dk, dv = _tolerances(q, k, v * grown, grad, scale)
+    return [t * extra for t in (out, lse, dq, dk * share, dv * share * grown, dq / scale / float(k.abs().max()))]
+
+
+MASKS = ("none", "full", "keys", "queries", "heads")
+
+
+def _mask(kind, heads, T, S):
+    shape = {"full": (*heads, T, S), "keys": (heads[0], 1, 1, S), "queries": (T, 1), "heads": (heads[1], T, S)}[kind]
+    mask = _random(*shape, seed=5)
+    return torch.where(mask < -0.7, -float("inf"), mask)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lanes=st.sampled_from([8, 16]),
+    sizes=st.tuples(
+        st.sampled_from(LENGTHS), st.sampled_from(LENGTHS), st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)
+    ),
+    heads=st.sampled_from([(1, 1, 1), (2, 3, 1), (1, 4, 2)]),
+    kind=st.sampled_from(MASKS),
+    p=st.sampled_from([0.0, 0.1, 0.75]),
+    local=st.sampled_from([0, 24_000]),
+    is_causal=st.booleans(),
+)
+def test_masks_dropout_and_shared_heads_equal_float64(lanes, sizes, heads, kind, p, local, is_causal):
+    (T, S, E, F), (B, H, shared) = sizes, heads
+    local = 0 if max(E, F) > 17 else local
+    q, grad = _random(B, H, T, E), _random(B, H, T, F, seed=3)
+    k, v = _random(B, shared, S, E, seed=1), _random(B, shared, S, F, seed=2)
+    mask = None if kind == "none" else _mask(kind, (B, H), T, S)
+    options = {"scale": E**-0.5, "is_causal": is_causal, "wants_dmask": mask is not None and not is_causal}
+    actual = _general(Bench(lanes=lanes), q, k, v, grad, mask, p, local=local, **options)
+    expected = _general_reference(q, k, v, grad, mask, p, **options)
+    tolerances = _general_tolerances(q, k, v, grad, mask, p, E**-0.5)
+    for a, e, tolerance in zip(actual, expected, tolerances, strict=False):
+        check(a, e, tolerance)
+
+
+def test_a_query_that_sees_no_key_gives_zeros_as_in_torch():
+    q, k, v, grad = (_random(1, 2, 40, 8, seed=s) for s in range(4))
+    mask = torch.zeros(40, 40)
+    mask[[3, 35]] = -float("inf")
+    out, lse, dq, *_ = _general(Bench(), q, k, v, grad, mask, 0.0, scale=1.0, is_causal=False)
+    torch_out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+    check(out, torch_out, 1e-5)
+    for rows in (out, lse, dq):
+        assert bool((rows[:, :, [3, 35]] == 0).all())
+
+
+def test_a_nan_in_the_mask_reaches_its_row_alone():
+    q, k, v, grad = (_random(1, 1, 40, 8, seed=s) for s in range(4))
+    mask = torch.zeros(40, 40)
+    mask[7, 3] = float("nan")
+    out, *_ = _general(Bench(), q, k, v, grad, mask, 0.0, scale=1.0, is_causal=False)
+    assert torch.equal(out.isnan().all(-1), out.isnan().any(-1))
+    assert out[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [7]
+
+
+def test_dropout_has_the_same_bits_on_one_core_and_for_every_width_of_vectors():
+    q, k, v, grad = (_random(2, 2, 150, 16, seed=s) for s in range(4))
+    options = {"scale": 0.25, "is_causal": False}
+    outputs = [_general(Bench(n), q, k, v, grad, None, 0.3, **options) for n in ("opencl:0", "opencl:0.1")]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    dropped = [torch.zeros(1, 1, 40, 50).expand(1, 2, 40, 50) for _ in range(2)]
+    for i, lanes in enumerate((8, 16)):  # scores of 0 and values of 1: row sums count the kept weights
+        ones = torch.ones(1, 2, 50, 1)
+        zero = torch.zeros(1, 2, 40, 1)
+        dropped[i], *_ = _general(Bench(lanes=lanes), zero, ones, ones, zero, None, 0.3, **options)
+    check(dropped[0], dropped[1].double(), 50 * EPS)
+    check(dropped[0][..., 0], _keep(2, 40, 50, 0.3).mean(-1)[None], 50 * EPS)
+
+
+def test_the_gradient_of_a_mask_beside_is_causal_is_refused():
+    bench = Bench()
+    views = [bench.view(_random(1, 1, 8, 8, seed=s)) for s in range(5)]
+    lse, more = bench.view(empty(1, 1, 8)), [bench.view(empty(1, 1, 8, 8)) for _ in range(4)]
+    with pytest.raises(Unsupported, match="beside is_causal"):
+        kernels.attention_backward(
+            *views, lse, *more[:3], mask=views[0], dmask=more[3], scale=1.0, is_causal=True, local_memory_bytes=1 << 20
+        )

@@ -11,15 +11,17 @@ from hetero.opencl import kernels
 from hetero.opencl.errors import Unsupported
 from tests.kernel_harness import EPS, LAYOUTS, OUTPUT_LAYOUTS, Bench, check, dot_tolerance, empty, layout
 
-SIZES = [1, 2, 6, 7, 14, 15, 16, 17, 31, 32, 33, 37, 64, 84, 85, 101, 128, 129]
+SIZES = [1, 2, 6, 7, 12, 13, 16, 17, 31, 32, 33, 37, 64, 96, 97, 101, 128, 129]
 
 
-def _run(bench, a, b, out, *, bias=None, residual=None, local=0):
+def _run(bench, a, b, out, *, bias=None, residual=None, local=0, units=1):
     local = local or bench.device.capabilities.local_memory_bytes
     views = {"bias": bench.view(bias) if bias is not None else None}
     views["residual"] = bench.view(residual) if residual is not None else None
-    options = {"local_memory_bytes": local, "scratch": bench.scratch}
-    bench.run(kernels.gemm(bench.view(a), bench.view(b), bench.view(out), **options, **views))
+    options = {"local_memory_bytes": local, "scratch": bench.scratch, "compute_units": units}
+    launches = kernels.gemm(bench.view(a), bench.view(b), bench.view(out), **options, **views)
+    bench.run(launches)
+    return launches
 
 
 def _random(*shape, seed=0):
@@ -65,10 +67,46 @@ def test_blocks_fit_the_local_memory(local, kinds, lanes):
     check(out, a.double() @ b.double(), dot_tolerance(a, b))
 
 
+@pytest.mark.parametrize(("N", "K"), [(33, 100), (96, 383), (130, 401)])
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_many_rows_are_multiplied_by_panels_that_a_launch_of_their_own_packs(N, K, kind, lanes):
+    a, b, out = _random(801, K), layout(_random(K, N, seed=1), kind), empty(801, N)
+    bias, residual = _random(N, seed=2), _random(801, N, seed=3)
+    launches = _run(Bench(lanes=lanes), a, b, out, bias=bias, residual=residual)
+    assert [launch.kernel for launch in launches] == ["gemm_pack_b", "gemm"]
+    tolerance = dot_tolerance(a, b) + (K + 3) * EPS * (bias.abs() + residual.abs())
+    check(out, a.double() @ b.double() + bias.double() + residual.double(), tolerance)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_batch_with_many_rows_packs_each_matrix_of_b_once(shared):
+    a = _random(2, 800, 40)
+    b = _random(40, 35, seed=1).expand(2, 40, 35) if shared else _random(2, 40, 35, seed=1)
+    out = empty(2, 800, 35)
+    packing, _ = _run(Bench(), a, b, out)
+    assert packing.global_size == (2, 1 if shared else 2)
+    check(out, a.double() @ b.double(), dot_tolerance(a, b))
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(400, 33, 193), (97, 200, 400), (385, 64, 192)])
+@pytest.mark.parametrize("kind", ["transposed", "gaps"])
+@pytest.mark.parametrize("units", [1, 3, 64])
+def test_a_whose_rows_are_not_contiguous_is_split_as_the_device_needs_with_the_same_bits(M, N, K, kind, units):
+    a, b = layout(_random(M, K), kind), _random(K, N, seed=1)
+    whole, split = empty(M, N), empty(M, N)
+    _run(Bench(), a, b, whole)
+    launches = _run(Bench(), a, b, split, units=units)
+    n_groups = launches[-1].global_size[0] * launches[-1].global_size[1]
+    assert n_groups >= min(units, 2 * M * N * K >> 20, 4)
+    check(split, a.double() @ b.double(), dot_tolerance(a, b))
+    assert torch.equal(whole, split)
+
+
 def test_too_little_local_memory_is_refused_with_both_sizes():
     x = torch.zeros(2, 2)
-    with pytest.raises(Unsupported, match=r"5376 bytes of local memory, the device has 4000"):
-        _run(Bench(), x, x, empty(2, 2), local=4000)
+    with pytest.raises(Unsupported, match=r"2048 bytes of local memory, the device has 2000"):
+        _run(Bench(), x, x, empty(2, 2), local=2000)
 
 
 def test_output_in_a_slice_leaves_its_neighbours_alone():
@@ -117,11 +155,13 @@ def test_nan_and_infinities_reach_exactly_the_elements_that_torch_gives(value):
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(300, 70, 500), (64, 256, 1024), (1024, 64, 64)])
-def test_the_same_bits_on_one_core_and_on_all(M, N, K):
+@pytest.mark.parametrize("kind", ["plain", "transposed"])
+def test_the_same_bits_on_one_core_and_on_all(M, N, K, kind):
     results = []
     for name in ("opencl:0", "opencl:0.1"):
-        out = empty(M, N)
-        _run(Bench(name), _random(M, K), _random(N, K, seed=1).t(), out)
+        bench, out = Bench(name), empty(M, N)
+        units = bench.device.capabilities.compute_units
+        _run(bench, layout(_random(M, K), kind), _random(N, K, seed=1).t(), out, units=units)
         results.append(out)
     assert torch.equal(*results)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lm
-from lm.model import Dropout, keep_mask
+from lm.draws import Dropout, keep_mask
 
 # Float32 against float64: each of the ~20 roundings in sequence contributes eps = 6e-8 relative, sums over at most
 # K = 4 * 24 terms add sqrt(K) eps; 1e-5 is 8 times the product.

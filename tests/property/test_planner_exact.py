@@ -77,7 +77,8 @@ def _random_layer(r: np.random.Generator, name: str, devices: list[str], twins: 
     for device in devices:
         forward = float(r.integers(0, 4)) if coarse else float(r.random())
         if r.random() < 0.85:
-            times[device] = LayerTime(forward, float(r.random()), float(r.random() * 0.3), "given")
+            own = int(r.integers(0, 8)), int(r.integers(0, 20))
+            times[device] = LayerTime(forward, float(r.random()), float(r.random() * 0.3), "given", *own)
     if twins and devices[0] in times:
         times[devices[-1]] = times[devices[0]]
     nbytes = [int(r.integers(1, 20)), int(r.integers(0, 5)), int(r.integers(0, 100)), int(r.integers(0, 4))]
@@ -103,7 +104,8 @@ def price(x: Instance, cuts: tuple[int, ...], devices: tuple[str, ...]) -> float
             forward[name] += layer.times[name].forward_s
             backward[name] += layer.times[name].backward_s
             used[name] += layer.parameter_bytes + math.ceil(x.costs.optimizer_factor * layer.trainable_bytes)
-            used[name] += m * layer.saved_bytes
+            there = layer.times[name]
+            used[name] += m * max(layer.saved_bytes, there.call_bytes) + there.scratch_bytes
         if name in slowed and n_crews >= 2:
             forward[name] *= overhead.contended_forward
             backward[name] *= overhead.contended_backward

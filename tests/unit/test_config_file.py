@@ -108,6 +108,14 @@ def test_the_resolved_configuration_reads_back_to_the_same():
         ("simulator: aer", "simulator: aerr", "; found 'aerr'; did you mean 'aer'?"),
         ("name: full", "name: ../evil", "x.yaml:1:7: name: '../evil' is not a name"),
         ("  shots: null", "  steps: 3", "x.yaml:19:3: quantum.steps: unknown key; did you mean 'train.steps'?"),
+        ("model:", "model:\n  family: lama", "expected one of gpt, llama; found 'lama'; did you mean 'llama'?"),
+        ("model:", "model:\n  family: bert", "9:11: model.family: an experiment compares losses of the next token"),
+        ("model:", "model:\n  n_kv_head: 3", "9:14: model.n_kv_head: 3 heads of keys and values don't divide"),
+        ("model:", "model:\n  rope_base: 10", "9:14: model.rope_base: family 'gpt' has no rotary positions"),
+        ("model:", "model:\n  rope_bas: 10", "9:3: model.rope_bas: unknown key; did you mean 'rope_base'?"),
+        ("model:", "model:\n  norm_eps: 0", "9:13: model.norm_eps: has to be above 0.0, found 0"),
+        ("model:", "model:\n  d_ff: 1.5", "9:9: model.d_ff: expected a whole number, found 1.5"),
+        ("n_head: 4", "n_head: 32\n  family: llama", "11:11: model.n_head: rotary positions need heads of even width"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_place(old, new, expected):
@@ -283,9 +291,23 @@ def test_the_schema_lists_every_section_with_descriptions():
     assert schema["additionalProperties"] is False
 
 
-def test_layer_names_are_those_of_the_transformer():
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_layer_names_are_those_of_the_transformer(family):
     import lm
 
-    config = config_file.parse(FULL, "x.yaml").config
-    size = lm.ModelConfig(n_layer=2, d_model=32, n_head=4, vocab_size=5, seq_len=16)
+    config = config_file.parse(FULL, "x.yaml", [f"model.family={family}"]).config
+    size = lm.ModelConfig(n_layer=2, d_model=32, n_head=4, vocab_size=5, seq_len=16, family=family)
     assert layer_names(config.model) == [name for name, _ in lm.Transformer(size).layers()]
+
+
+def test_every_setting_of_the_model_reaches_it():
+    from experiments import arms
+
+    settings = {"family": "llama", "n_kv_head": 2, "d_ff": 20, "norm_eps": 1e-3, "rope_base": 50.0, "dropout": 0.2}
+    overrides = [f"model.{key}={value}" for key, value in settings.items()]
+    loaded = config_file.parse(MINIMAL, "x.yaml", overrides)
+    assert config_file.parse(config_file.resolved_yaml(loaded.config), "y.yaml").config == loaded.config
+    model = arms.build(loaded.config, "baseline", 0, 11)
+    assert {key: getattr(model.config, key) for key in settings} == settings
+    dumped = loaded.config.model.model_dump()
+    assert dumped == {key: getattr(model.config, key) for key in dumped}

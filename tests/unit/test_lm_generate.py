@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,8 +18,18 @@ class _Tanh(nn.Module):
         return torch.tanh(x)
 
 
-def _model(dtype: torch.dtype = torch.float32) -> lm.Transformer:
-    config = lm.ModelConfig(n_layer=2, d_model=24, n_head=3, vocab_size=13, seq_len=10, dropout=0.1)
+FAMILIES = [
+    {"family": "gpt"},
+    {"family": "gpt", "n_kv_head": 1},
+    {"family": "llama"},
+    {"family": "llama", "n_kv_head": 2},
+]
+
+
+def _model(dtype: torch.dtype = torch.float32, **settings: Any) -> lm.Transformer:
+    config = lm.ModelConfig(
+        **{"n_layer": 2, "d_model": 24, "n_head": 4, "vocab_size": 13, "seq_len": 10, "dropout": 0.1, **settings}
+    )
     model = lm.Transformer(config, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -39,15 +51,19 @@ def _greedy_without_cache(model: lm.Transformer, tokens: torch.Tensor, n: int) -
 
 @pytest.mark.parametrize("T", [1, 3, 7, 9, 10, 11, 23])
 @pytest.mark.parametrize("B", [1, 3])
-def test_greedy_tokens_equal_those_without_a_cache(B: int, T: int) -> None:
-    model = _model()
+@pytest.mark.parametrize("settings", FAMILIES)
+def test_greedy_tokens_equal_those_without_a_cache(B: int, T: int, settings: dict[str, Any]) -> None:
+    model = _model(**settings)
     tokens = _prompt(B, T)
     assert torch.equal(lm.generate(model, tokens, 15, temperature=0.0), _greedy_without_cache(model, tokens, 15))
 
 
 @pytest.mark.parametrize("pieces", [(10,), (1,) * 10, (3, 1, 1, 5), (7, 3), (1, 9)])
-def test_logits_with_a_cache_equal_those_of_the_whole_sequence(pieces: tuple[int, ...]) -> None:
-    model, tokens = _model(), _prompt(2, 10)
+@pytest.mark.parametrize("settings", FAMILIES)
+def test_logits_with_a_cache_equal_those_of_the_whole_sequence(
+    pieces: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    model, tokens = _model(**settings), _prompt(2, 10)
     model.replace_inner("block1.mlp", _Tanh())
     cache, position, logits = model.new_cache(2), 0, []
     for n in pieces:
@@ -55,6 +71,39 @@ def test_logits_with_a_cache_equal_those_of_the_whole_sequence(pieces: tuple[int
         logits.append(part)
         position += n
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cache_holds_the_heads_of_keys_and_values_alone() -> None:
+    shapes = [tuple(t.shape) for cache in _model(family="llama", n_kv_head=2).new_cache(3) for t in cache]
+    assert shapes == [(3, 2, 10, 6)] * 4
+
+
+class _Noting:
+    """Notes in which layouts tokens come; uniform logits."""
+
+    def __init__(self) -> None:
+        self.layouts: list[tuple[Any, ...]] = []
+
+    def new_cache(self, batch_size: int) -> None:
+        return None
+
+    def decode(self, tokens: torch.Tensor, cache: object, position: torch.Tensor) -> tuple[torch.Tensor, tuple[()]]:
+        self.layouts.append((tokens.shape, tokens.stride()))
+        return torch.zeros(*tokens.shape, 13), ()
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_compiled_model_meets_three_layouts_however_many_tokens(B: int) -> None:
+    """Graphs are compiled for shapes and strides: a slice of all tokens so far would have other strides each time."""
+    model = _Noting()
+    lm.generate(model, _prompt(B, 4), 20, seq_len=10, temperature=0)
+    assert len(model.layouts) == 20
+    assert set(model.layouts) == {((B, 4), (4, 1)), ((B, 1), (1, 1)), ((B, 10), (10, 1))}
+
+
+def test_an_encoder_cannot_generate() -> None:
+    with pytest.raises(lm.SettingError, match=r"encoder can't generate\n.*\n.*gpt or llama"):
+        lm.generate(_model(family="bert"), _prompt(1, 3), 1)
 
 
 def test_a_float64_model_generates() -> None:

@@ -39,8 +39,12 @@ class _Talking(_Inner):
         return 3.0
 
 
-def test_layers_are_the_model_from_left_to_right() -> None:
-    model, tokens = _model(), torch.arange(8)[None]
+FAMILIES = pytest.mark.parametrize("family", list(lm.FAMILIES))
+
+
+@FAMILIES
+def test_layers_are_the_model_from_left_to_right(family: str) -> None:
+    model, tokens = _model(family=family), torch.arange(8)[None]
     names = [name for name, _ in model.layers()]
     assert names == ["embedding", "block0.attention", "block0.mlp", "block1.attention", "block1.mlp", "head"]
     x = tokens
@@ -49,8 +53,9 @@ def test_layers_are_the_model_from_left_to_right() -> None:
     assert torch.equal(x, model(tokens))
 
 
-def test_layers_own_every_parameter_once_under_their_name() -> None:
-    model = _model()
+@FAMILIES
+def test_layers_own_every_parameter_once_under_their_name(family: str) -> None:
+    model = _model(family=family)
     owned = {f"{name}.{key}": p for name, unit in model.layers() for key, p in unit.named_parameters()}
     assert owned.keys() == model.state_dict().keys()
     assert sum(p.numel() for p in owned.values()) == sum(p.numel() for p in model.parameters())
@@ -68,12 +73,13 @@ def test_initial_weights_come_from_the_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(("d_model", "expected"), [(768, 0.02), (192, 0.04)])
-def test_initial_spread_is_that_of_gpt2_at_its_width(d_model: int, expected: float) -> None:
+@FAMILIES
+def test_initial_spread_is_that_of_gpt2_at_its_width(d_model: int, expected: float, family: str) -> None:
     """Relative sd of a sample sd of n values is 1 / sqrt(2n); 5 of them."""
-    model = _model(d_model=d_model, n_layer=2)
+    model = _model(d_model=d_model, n_layer=2, family=family)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            scaled = name.endswith(("inner.proj.weight", "inner.down.weight"))
+            scaled = family != "bert" and name.endswith(("inner.proj.weight", "inner.down.weight"))
             std = expected / math.sqrt(4) if scaled else expected
             assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name
         else:
@@ -119,11 +125,12 @@ def test_a_unit_says_about_devices_and_cost_what_its_inner_module_says() -> None
     assert unit.flops((1, 2, 3)) == 3.0
 
 
-def test_flops_agree_with_torchs_own_count() -> None:
+@pytest.mark.parametrize("settings", [{"family": f, "n_kv_head": k} for f in lm.FAMILIES for k in (None, 1)])
+def test_flops_agree_with_torchs_own_count(settings: dict[str, object]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, tokens = _model().double(), torch.zeros(3, 8, dtype=torch.int64)
+    model, tokens = _model(**settings).double(), torch.zeros(3, 8, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens)
     units = dict(model.layers())
@@ -131,11 +138,12 @@ def test_flops_agree_with_torchs_own_count() -> None:
     assert ours == counter.get_total_flops()
 
 
-def test_one_compiled_graph_serves_all_blocks() -> None:
+@FAMILIES
+def test_one_compiled_graph_serves_all_blocks(family: str) -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    model, counter = _model(n_layer=4, dropout=0.1), CompileCounter()
+    model, counter = _model(n_layer=4, dropout=0.1, family=family), CompileCounter()
     x, context = torch.randn(2, 8, 16), {"dropout": torch.tensor([1, 2])}
     for name, unit in model.layers():
         if name.startswith("block"):
@@ -144,8 +152,28 @@ def test_one_compiled_graph_serves_all_blocks() -> None:
     assert counter.frame_count == 2  # attention and MLP
 
 
-def test_buffers_of_the_dropout_are_no_state() -> None:
-    assert _model(dropout=0.5).state_dict().keys() == _model().state_dict().keys()
+@FAMILIES
+def test_buffers_are_no_state(family: str) -> None:
+    model = _model(dropout=0.5, family=family)
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(("d_model", "hidden"), [(8, 24), (64, 176), (768, 2048), (4096, 10928)])
+def test_a_gated_mlp_has_about_the_parameters_of_a_plain_one(d_model: int, hidden: int) -> None:
+    assert lm.ModelConfig(1, d_model, 1, 5, 4, family="llama").hidden == hidden
+    assert 0 <= 3 * hidden - 8 * d_model < 24
+
+
+def test_grouped_queries_share_weights_of_keys_and_values() -> None:
+    shapes = {n: tuple(p.shape) for n, p in _model(family="llama", n_head=4, n_kv_head=2).named_parameters()}
+    assert shapes["block0.attention.inner.qkv.weight"] == (16 + 8 + 8, 16)
+    assert not any(name.endswith("bias") for name in shapes)
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_a_tied_head_has_the_embeddings_weight(family: str) -> None:
+    model = _model(family=family, tie_embeddings=True)
+    assert model.head.linear.weight is model.embedding.token.weight
 
 
 def test_a_sequence_longer_than_the_positions_is_an_error() -> None:
@@ -161,7 +189,16 @@ def test_a_sequence_longer_than_the_positions_is_an_error() -> None:
         ({"vocab_size": 2.5}, "vocab_size"),
         ({"dropout": 1.0}, "dropout"),
         ({"d_ff": 0}, "d_ff"),
-        ({"family": "rnn"}, "rnn"),
+        ({"family": "rnn"}, r"rnn'\n.*'gpt' or 'llama' or 'bert'"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head has to divide n_head"),
+        ({"n_kv_head": 4}, "n_kv_head has to divide n_head"),
+        ({"n_kv_head": 0}, "n_kv_head has to be a whole number"),
+        ({"norm_eps": 0.0}, "norm_eps has to be a number above 0"),
+        ({"norm_eps": "tiny"}, "norm_eps has to be a number above 0"),
+        ({"family": "llama", "rope_base": math.inf}, "rope_base has to be a number above 0"),
+        ({"rope_base": 1e4}, "rope_base needs rotary positions"),
+        ({"family": "llama", "n_head": 16}, "heads of even width"),
+        ({"family": "bert", "vocab_size": 1}, "at least 2 tokens"),
     ],
 )
 def test_impossible_sizes_are_errors_that_name_the_setting(setting: dict[str, object], text: str) -> None:

@@ -456,3 +456,37 @@ def test_of_equally_fast_throughputs_the_one_of_least_latency_is_taken():
     best = plan(costs, rivals("a", "b", "q"), objective="throughput", contiguous=False)
     assert best.value == pytest.approx(0.050)
     assert sum(stage.forward_s for stage in best.stages) == pytest.approx(0.052)  # 0.056 on a and b both
+
+
+# Memory that a device's own compiler has planned
+
+
+def compiled(costs, device, **own):
+    """The costs with memory of compiled graphs on one device."""
+    layers = [
+        dataclasses.replace(one, times=one.times | {device: dataclasses.replace(one.times[device], **own)})
+        for one in costs.layers
+    ]
+    return dataclasses.replace(costs, layers=tuple(layers))
+
+
+def test_a_compiled_layer_counts_what_it_keeps_there_instead_of_what_torch_would():
+    # 4 MiB of parameters, gradients and optimizer state, 8 slots of 3 MiB, 5 MiB of scratch, against 8 slots of 1 MiB.
+    costs = compiled(example(quantum=False), "opencl:0.1", call_bytes=3 * MIB, scratch_bytes=5 * MIB)
+    placed = {s.device: s.memory_bytes / (s.last - s.first + 1) for s in plan(costs, machine()).stages}
+    assert placed == {"opencl:0.1": 33 * MIB, "cpu": 12 * MIB}
+    less = compiled(example(quantum=False), "opencl:0.1", call_bytes=MIB // 2)
+    assert {s.memory_bytes // (s.last - s.first + 1) for s in plan(less, machine()).stages} == {12 * MIB}
+
+
+def test_a_device_too_small_for_what_is_compiled_for_it_gets_less_or_is_refused():
+    costs = compiled(example(quantum=False), "opencl:0.1", call_bytes=3 * MIB)
+    made = plan(costs, machine(), max_memory={"opencl:0.1": 60 * MIB})  # 28 MiB a layer
+    (stage,) = (s for s in made.stages if s.device == "opencl:0.1")
+    assert stage.last - stage.first == 1
+    with pytest.raises(PlacementError, match="too little memory"):
+        evaluate(((("opencl:0.1"), 0, 5),), costs, machine(), "train_step", max_memory={"opencl:0.1": 60 * MIB})
+    pinned = dict.fromkeys(NAMES, "opencl:0.1")
+    text = refusal(costs, machine(), max_memory={"opencl:0.1": 27 * MIB}, pins=pinned)
+    assert f"{28 * MIB} B" in text
+    assert f"{27 * MIB} B free on opencl:0.1" in text

@@ -369,7 +369,9 @@ def test_a_data_sheet_without_figures_is_refused():
 
 
 def test_the_fixed_cost_of_a_stage_follows_from_units_alone_and_together():
-    sample = calibration.Sample
+    def sample(*times: float) -> calibration.Sample:
+        return calibration.Sample(*times, call_bytes=0, scratch_bytes=0)
+
     alone = [sample(3.0, 5.0, 0.1), sample(4.0, 6.0, 0.1), sample(5.0, 7.0, 0.1)]
     assert calibration._overhead(alone, sample(10.0, 18.0, 0.1)) == StageOverhead(1.0, 0.0)
     assert calibration._overhead(alone, sample(2.0, 2.0, 0.1)) == StageOverhead(3.0, 5.0)  # at most the quickest unit

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hetero.opencl import kernels
-from hetero.opencl.errors import Unsupported
-from hetero.opencl.handlers.registry import as_node, defer, handles, require_float32
+from hetero.opencl.handlers.registry import as_node, defer, handles
 from hetero.opencl.steps import bound_arguments
 
 if TYPE_CHECKING:
@@ -31,28 +30,40 @@ def _mm(lowering: Lowering, node: Node) -> None:
 @handles(aten.addmm.default)
 def _addmm(lowering: Lowering, node: Node) -> None:
     bound = bound_arguments(node)
-    if bound["alpha"] != 1 or bound["beta"] != 1:
-        raise Unsupported("addmm with alpha or beta")
     bias, a, b = (as_node(bound[name]) for name in ("self", "mat1", "mat2"))
-    is_row = lowering.value(bias).dim() == 1 or lowering.value(bias).shape[0] == 1
-    if not is_row or lowering.value(bias).shape[-1] != lowering.value(node).shape[1]:
-        raise Unsupported("addmm whose first operand is no bias of the columns")
-    _gemm(lowering, node, a, b, bias, op="addmm")
+    alpha, beta = lowering.value(bound["alpha"]), lowering.value(bound["beta"])
+    like, result = lowering.value(bias), lowering.value(node)
+    is_row = like.dim() > 0 and like.shape[-1] == result.shape[1] and (like.dim() == 1 or like.shape[0] == 1)
+    if is_row and alpha == 1 and beta == 1 and result.dtype in kernels.of(lowering.target).gemm_dtypes:
+        _gemm(lowering, node, a, b, bias, op="addmm")
+        return
+    _gemm(lowering, node, a, b, None, op="addmm")
+    product, dtype = lowering.peek(node), result.dtype
+    if beta == 0:  # what is in the first operand, NaN for example, does not count
+        if alpha != 1:
+            lowering.pointwise(node, "{0} * {1}", (product, alpha), (dtype, dtype), dtype)
+        return
+    operands = (product, alpha, lowering.peek(bias), beta)
+    lowering.pointwise(node, "{0} * {1} + {2} * {3}", operands, (dtype,) * len(operands), dtype)
 
 
 def _gemm(lowering: Lowering, node: Node, a: Node, b: Node, bias: Node | None, *, op: str) -> None:
-    require_float32(lowering, node)
     left, right = lowering.read(a), lowering.read(b)
     row = None if bias is None else lowering.read(bias)
     out = lowering.new(lowering.value(node), str(node))
+    if out.dtype not in kernels.of(lowering.target).gemm_dtypes:
+        lowering.emit(kernels.of(lowering.target).product(left, right, out, op=op))
+        lowering.define(node, out)
+        return
 
     def build(
-        left: View, right: View, row: View | None, *, stored: Sequence[View] = (out,), residual: View | None = None
+        left: View, right: View, row: View | None, *, stored: Sequence[View] = (out,), **options: Any
     ) -> list[Launch]:
         local, scratch = lowering.target.local_memory_bytes, lowering.scratch
-        return kernels.gemm(
-            left, right, stored[0], bias=row, residual=residual, local_memory_bytes=local, scratch=scratch, op=op
+        return kernels.of(lowering.target).gemm(
+            left, right, stored[0], bias=row, local_memory_bytes=local, scratch=scratch, op=op, **options
         )
 
-    defer(lowering, node, build, [left, right, row], [out], residual=0)
+    takes_epilogue = kernels.of(lowering.target).gemm_takes_epilogue
+    defer(lowering, node, build, [left, right, row], [out], residual=0, takes_epilogue=takes_epilogue)
     lowering.define(node, out)

@@ -13,7 +13,7 @@ from hetero.opencl.lower import Lowering
 from hetero.opencl.steps import Deferred
 
 if TYPE_CHECKING:
-    from hetero.opencl.ir import Launch, View
+    from hetero.opencl.ir import Epilogue, Launch, View
 
 Handler = Callable[[Lowering, Node], None]
 HANDLERS: dict[Any, Handler] = {}
@@ -50,6 +50,7 @@ def defer(
     outputs: list[View],
     *,
     residual: int,
+    takes_epilogue: bool = False,
 ) -> None:
     """Remember a kernel; copies of its inputs are made now if it needs them."""
     try:
@@ -59,10 +60,13 @@ def defer(
             raise
         views = contiguous(lowering, views)
 
-    def emit(stored: Sequence[View], residual: View | None) -> list[Launch]:
-        return build(*views, stored=stored, residual=residual)
+    def emit(stored: Sequence[View], residual: View | None, epilogue: Epilogue | None) -> list[Launch]:
+        options = {} if epilogue is None else {"epilogue": epilogue}
+        return build(*views, stored=stored, residual=residual, **options)
 
-    lowering.defer(Deferred(outputs, emit, residual))
+    lowering.defer(Deferred(outputs, emit, residual, takes_epilogue, frozenset(lowering.readers(node))))
+    if all(reader.op == "output" for reader in lowering.readers(node)):
+        lowering.store(outputs[0].root)  # nothing can be gained by waiting, and what it reads can be given up
 
 
 def contiguous(lowering: Lowering, views: Sequence[View | None]) -> list[View | None]:

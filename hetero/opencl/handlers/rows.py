@@ -40,7 +40,7 @@ def _layer_norm(lowering: Lowering, node: Node) -> None:
     width = product(shape)
 
     def build(x: View, weight: View | None, bias: View | None) -> list[Launch]:
-        return kernels.layer_norm(x, weight, bias, *outputs, width=width, eps=as_float(eps))
+        return kernels.of(lowering.target).layer_norm(x, weight, bias, *outputs, width=width, eps=as_float(eps))
 
     lowering.emit(with_plain_inputs(lowering, build, [read_optional(lowering, a) for a in (x, weight, bias)]))
     lowering.define(node, outputs)
@@ -57,7 +57,9 @@ def _layer_norm_backward(lowering: Lowering, node: Node) -> None:
     def build(*read: Any, stored: Sequence[View] = present, residual: View | None = None) -> list[Launch]:
         left = iter(stored)
         wished = [next(left) if w else None for w in wanted]
-        return kernels.layer_norm_backward(*read, *wished, width=width, residual=residual, scratch=lowering.scratch)
+        return kernels.of(lowering.target).layer_norm_backward(
+            *read, *wished, width=width, residual=residual, scratch=lowering.scratch
+        )
 
     read = [read_optional(lowering, a) for a in (grad, x, mean, rstd, weight)]
     if present:
@@ -65,18 +67,19 @@ def _layer_norm_backward(lowering: Lowering, node: Node) -> None:
     lowering.define(node, tuple(outputs))
 
 
-_ROWS: dict[Any, Callable[..., list[Launch]]] = {
-    aten._softmax.default: kernels.softmax,
-    aten._log_softmax.default: kernels.log_softmax,
-    aten._softmax_backward_data.default: kernels.softmax_backward,
-    aten._log_softmax_backward_data.default: kernels.log_softmax_backward,
+_ROWS: dict[Any, str] = {
+    aten._softmax.default: "softmax",
+    aten._log_softmax.default: "log_softmax",
+    aten._softmax_backward_data.default: "softmax_backward",
+    aten._log_softmax_backward_data.default: "log_softmax_backward",
 }
 
 
 @handles(*_ROWS)
 def _softmax(lowering: Lowering, node: Node) -> None:
     require_float32(lowering, node)
-    bound, kernel = bound_arguments(node), _ROWS[node.target]
+    bound = bound_arguments(node)
+    kernel: Callable[..., list[Launch]] = getattr(kernels.of(lowering.target), _ROWS[node.target])
     out = lowering.new(lowering.value(node), str(node))
     inputs = [lowering.read(bound[name]) for name in ("self", "grad_output", "output") if name in bound]
     lowering.emit(with_plain_inputs(lowering, lambda *read: kernel(*read, out, dim=bound["dim"]), inputs))
@@ -102,7 +105,7 @@ def _nll_loss(lowering: Lowering, node: Node) -> None:
         return
 
     def build(x: View, target: View) -> list[Launch]:
-        return kernels.nll_loss(x, target, out, total, ignore_index=ignored, reduction=reduction)
+        return kernels.of(lowering.target).nll_loss(x, target, out, total, ignore_index=ignored, reduction=reduction)
 
     lowering.emit(with_plain_inputs(lowering, build, [x, target]))
 
@@ -116,7 +119,9 @@ def _nll_loss_backward(lowering: Lowering, node: Node) -> None:
     reduction, ignored = _REDUCTIONS[bound["reduction"]], bound["ignore_index"]
 
     def build(grad: View, target: View, total: View) -> list[Launch]:
-        return kernels.nll_loss_backward(grad, target, total, dx, ignore_index=ignored, reduction=reduction)
+        return kernels.of(lowering.target).nll_loss_backward(
+            grad, target, total, dx, ignore_index=ignored, reduction=reduction
+        )
 
     read = [lowering.read(bound[name]) for name in ("grad_output", "target", "total_weight")]
     lowering.emit(with_plain_inputs(lowering, build, read))
@@ -127,7 +132,9 @@ def _nll_loss_backward(lowering: Lowering, node: Node) -> None:
 def _embedding(lowering: Lowering, node: Node) -> None:
     weight, indices = (lowering.read(as_node(a)) for a in node.args[:2])
     out = lowering.new(lowering.value(node), str(node))
-    lowering.emit(with_plain_inputs(lowering, lambda w, i: kernels.embedding(w, i, out), [weight, indices]))
+    lowering.emit(
+        with_plain_inputs(lowering, lambda w, i: kernels.of(lowering.target).embedding(w, i, out), [weight, indices])
+    )
     lowering.define(node, out)
 
 
@@ -144,6 +151,6 @@ def _embedding_backward(lowering: Lowering, node: Node) -> None:
         return
 
     def build(grad: View, indices: View) -> list[Launch]:
-        return kernels.embedding_backward(grad, indices, dweight, padding_idx=bound["padding_idx"])
+        return kernels.of(lowering.target).embedding_backward(grad, indices, dweight, padding_idx=bound["padding_idx"])
 
     lowering.emit(with_plain_inputs(lowering, build, [grad, indices]))

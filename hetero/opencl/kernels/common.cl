@@ -85,6 +85,29 @@ static inline void store_row(__global float *p, int stride, int n, vec v)
 #define FOR_ROWS(r, n_rows, rows_per_group) \
     for (int r = get_group_id(0) * (rows_per_group); r < (n_rows) && r < (int)(get_group_id(0) + 1) * (rows_per_group); r++)
 
+// LANES elements of a row of D, from column c on; x is where the row begins. PLAIN: 1 if the stride x_col of all operands
+// is 1, 2 if D is a multiple of LANES besides. Without code for other strides and for the end of a row, loops are twice as
+// fast.
+#if PLAIN
+#define COL(stride) 1
+#else
+#define COL(stride) (stride)
+#endif
+#if PLAIN == 2
+#define GET_ROW(x, fill) LOAD((x) + c)
+#define PUT_ROW(x, v) STORE((x) + c, v)
+#else
+#define GET_ROW(x, fill) load_row(x + (size_t)c * COL(x##_col), x##_end, COL(x##_col), D - c, fill)
+#define PUT_ROW(x, v) store_row(x + (size_t)c * COL(x##_col), COL(x##_col), D - c, v)
+#endif
+
+// The columns c of a row of D, LANES at a time; u goes round through 0 .. 3. A sum over a row is kept in four parts: an
+// addition takes as long as four of them begin.
+#define FOR_COLUMNS(c, u) \
+    for (int c##_0 = 0; c##_0 < D; c##_0 += 4 * LANES) \
+        _Pragma("unroll") for (int u = 0, c = c##_0; u < 4; u++, c += LANES) \
+            if (c < D)
+
 // Horizontal reductions, always in the same order: halves on halves.
 static inline float sum_lanes(vec v)
 {
@@ -98,16 +121,31 @@ static inline float sum_lanes(vec v)
     return y.x + y.y;
 }
 
+static inline float sum_parts(vec *parts)
+{
+    return sum_lanes((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
 // Interleave the lower (upper) halves of a and b: a0 b0 a1 b1 ...
-#if LANES == 16
+// NO_SHUFFLES: element by element, for checkers that don't follow values through shuffles.
+#ifdef NO_SHUFFLES
+static inline vec interleave(vec a, vec b, int first)
+{
+    union { vec v; float f[LANES]; } x, y, z;
+    x.v = a, y.v = b;
+    for (int i = 0; i < LANES / 2; i++) z.f[2 * i] = x.f[first + i], z.f[2 * i + 1] = y.f[first + i];
+    return z.v;
+}
+#define INTERLEAVE_LOW(a, b) interleave(a, b, 0)
+#define INTERLEAVE_HIGH(a, b) interleave(a, b, LANES / 2)
+#elif LANES == 16
 #define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#define LOG2_LANES 4
 #else
 #define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#define LOG2_LANES 3
 #endif
+#define LOG2_LANES (LANES == 16 ? 4 : 3)
 
 // Transpose LANES x LANES floats in registers: log2(LANES) rounds that interleave row i with row i + LANES / 2.
 static inline void transpose(vec *rows)
@@ -184,6 +222,23 @@ static inline vec __attribute__((overloadable)) exp_(vec x)
 }
 static inline float __attribute__((overloadable)) exp_(float x) { return exp_((vec)(x)).s0; }
 
+// The same for x <= 0 (in fact x < 88), in three quarters of the operations: -126 <= n <= 127 needs no halves.
+static inline vec exp_nonpositive(vec x)
+{
+    vec y = x < -87.336f ? (vec)(-87.336f) : x;
+    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vec result = p * as_vec((__builtin_convertvector(n, ivec) + 127) << 23);
+    return x < -87.336f ? (vec)(0.0f) : result;
+}
+
 // log(x), Cephes' logf: x = m * 2^e with m in [sqrt(1/2), sqrt(2)). Within 2 ulp.
 // 0 -> -inf, negative -> NaN, inf -> inf, NaN -> NaN; denormals are scaled up first.
 static inline vec __attribute__((overloadable)) log_(vec x)
@@ -248,12 +303,25 @@ static inline vec __attribute__((overloadable)) erf_(vec x)
 }
 static inline float __attribute__((overloadable)) erf_(float x) { return erf_((vec)(x)).s0; }
 
-// sqrt lane by lane: the operator exists in hardware, the vector builtin is a library call.
-static inline float __attribute__((overloadable)) sqrt_(float x) { return __builtin_sqrtf(x); }
+// sqrt lane by lane: the operator exists in hardware, with PoCL the library's function is a call. Other compilers may not
+// know clang's builtin.
+#ifdef HAS_BUILTIN_SQRT
+#define SQRT __builtin_sqrtf
+#else
+#define SQRT sqrt
+#endif
+
+// A line of memory that will be read soon; the library's function is nothing with PoCL.
+#ifdef HAS_BUILTIN_SQRT
+#define PREFETCH __builtin_prefetch
+#else
+#define PREFETCH(p)
+#endif
+static inline float __attribute__((overloadable)) sqrt_(float x) { return SQRT(x); }
 static inline vec __attribute__((overloadable)) sqrt_(vec x)
 {
     union { vec v; float f[LANES]; } u;
     u.v = x;
-    for (int i = 0; i < LANES; i++) u.f[i] = __builtin_sqrtf(u.f[i]);
+    for (int i = 0; i < LANES; i++) u.f[i] = SQRT(u.f[i]);
     return u.v;
 }

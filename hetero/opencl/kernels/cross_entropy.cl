@@ -9,7 +9,7 @@
 //
 // Work-group: one work-item. nll_loss: ONE group: it reads one number a row, next to nothing beside the log_softmax before
 // it, and the order of the sum is fixed. nll_loss_backward: a group does rows_per_group rows.
-// Build constants: LANES (common.cl).
+// Build constants: LANES, PLAIN (common.cl).
 // Tolerance: (64 + R / 64) eps of the sum of |log_probs|: rows are summed 64 at a time.
 // Source: the definition, with the conventions of torch.nn.functional.nll_loss.
 
@@ -41,16 +41,17 @@ KERNEL nll_loss(TENSOR(log_probs), TENSOR_INT64(target), TENSOR_OUT(out), TENSOR
 
 KERNEL nll_loss_backward(TENSOR(grad), TENSOR_INT64(target), TENSOR(total_weight), TENSOR_OUT(dx), const int R, const int V,
                          const int rows_per_group, const int ignore_index, const int reduction, const int grad_row,
-                         const int target_row, const int x_row, const int x_col)
+                         const int target_row, const int dx_row, const int dx_col)
 {
+    const int D = V;
     FOR_ROWS(r, R, rows_per_group) {
-        __global float *dx = BASE(dx) + (size_t)r * x_row;
+        __global float *dx = BASE(dx) + (size_t)r * dx_row;
         const long t = BASE(target)[(size_t)r * target_row];
         const int is_ignored = t == ignore_index, is_valid = t >= 0 && t < V;
-        for (int c = 0; c < V; c += LANES)
-            store_row(dx + (size_t)c * x_col, x_col, V - c, (vec)(is_ignored || is_valid ? 0.0f : NAN));
+        const vec filling = is_ignored || is_valid ? 0.0f : NAN;
+        for (int c = 0; c < V; c += LANES) PUT_ROW(dx, filling);
         if (is_ignored || !is_valid) continue;
         const float g = BASE(grad)[reduction == 0 ? (size_t)r * grad_row : 0];
-        dx[(size_t)t * x_col] = reduction == 1 ? -g / BASE(total_weight)[0] : -g;
+        dx[(size_t)t * dx_col] = reduction == 1 ? -g / BASE(total_weight)[0] : -g;
     }
 }

@@ -8,7 +8,7 @@
 //
 // Work-group: one work-item. embedding: a group does rows_per_group rows; embedding_backward: cols_per_group columns of the
 // whole table (a multiple of LANES): no two groups write the same element, so there are no atomics and one order.
-// Build constants: LANES (common.cl).
+// Build constants: LANES, PLAIN (common.cl).
 // Tolerance: forward exact; backward n eps of the sum of |grad| over the n rows of one index.
 // Source: the definition.
 
@@ -16,7 +16,8 @@ KERNEL embedding(TENSOR(weight), TENSOR_INT64(indices), TENSOR_OUT(out), const i
                  const int rows_per_group, const int weight_row, const int weight_col, const int index_stride,
                  const int out_row, const int out_col)
 {
-    __global const float *end = BASE(weight) + (size_t)(V - 1) * weight_row + (size_t)(D - 1) * weight_col + 1;
+    __global const float *w_end = BASE(weight) + (size_t)(V - 1) * weight_row + (size_t)(D - 1) * weight_col + 1;
+    const int w_col = weight_col;
     FOR_ROWS(r, R, rows_per_group) {
         const long v = BASE(indices)[(size_t)r * index_stride];
         const int is_valid = v >= 0 && v < V;
@@ -24,8 +25,8 @@ KERNEL embedding(TENSOR(weight), TENSOR_INT64(indices), TENSOR_OUT(out), const i
         __global float *out = BASE(out) + (size_t)r * out_row;
         for (int c = 0; c < D; c += LANES) {
             vec t = NAN;
-            if (is_valid) t = load_row(w + (size_t)c * weight_col, end, weight_col, D - c, 0.0f);
-            store_row(out + (size_t)c * out_col, out_col, D - c, t);
+            if (is_valid) t = GET_ROW(w, 0.0f);
+            PUT_ROW(out, t);
         }
     }
 }
@@ -36,17 +37,18 @@ KERNEL embedding_backward(TENSOR(grad), TENSOR_INT64(indices), TENSOR_OUT(dweigh
 {
     const int c0 = get_group_id(0) * cols_per_group;
     const int c1 = D - c0 < cols_per_group ? D : c0 + cols_per_group;
-    for (int v = 0; v < V; v++)
-        for (int c = c0; c < c1; c += LANES)
-            store_row(BASE(dweight) + (size_t)v * dweight_row + (size_t)c * dweight_col, dweight_col, c1 - c, (vec)(0.0f));
+    __global const float *g_end = BASE(grad) + (size_t)(R - 1) * grad_row + (size_t)(D - 1) * grad_col + 1;
+    const int g_col = grad_col, w_col = dweight_col;
+    for (int v = 0; v < V; v++) {
+        __global float *w = BASE(dweight) + (size_t)v * dweight_row;
+        for (int c = c0; c < c1; c += LANES) PUT_ROW(w, (vec)(0.0f));
+    }
     for (int r = 0; r < R; r++) {
         const long v = BASE(indices)[(size_t)r * index_stride];
         if (v == padding_idx || v < 0 || v >= V) continue;
         __global const float *g = BASE(grad) + (size_t)r * grad_row;
-        for (int c = c0; c < c1; c += LANES) {
-            __global float *w = BASE(dweight) + (size_t)v * dweight_row + (size_t)c * dweight_col;
-            const vec t = load_row(g + (size_t)c * grad_col, g, grad_col, c1 - c, 0.0f);
-            store_row(w, dweight_col, c1 - c, load_row(w, w, dweight_col, c1 - c, 0.0f) + t);
-        }
+        __global float *w = BASE(dweight) + (size_t)v * dweight_row;
+        __global const float *w_end = w;  // what lies behind the row belongs to another group
+        for (int c = c0; c < c1; c += LANES) PUT_ROW(w, GET_ROW(w, 0.0f) + GET_ROW(g, 0.0f));
     }
 }
