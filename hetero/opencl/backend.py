@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import threading
 import types
 import warnings
@@ -34,7 +35,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hetero.errors import HeteroError
 from hetero.opencl.decompositions import decompositions
-from hetero.opencl.errors import CompileError
+from hetero.opencl.errors import CompileError, UnsupportedOperationError
 from hetero.opencl.graph import CompiledGraph, fallbacks, memory_plans
 from hetero.opencl.program import open_device
 from hetero.opencl.rewrites import keep_attention_whole
@@ -177,20 +178,27 @@ def _forbid_graph_breaks() -> None:
         try:
             with strict(True):
                 return original(self, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, HeteroError):
+                raise error.inner_exception from None
+            raise
         except torch._dynamo.exc.Unsupported as error:
-            raise CompileError(
-                "torch.compile broke the graph; parts of it would run on the host",
-                found=str(error).strip(),
-                remedy="change the code there",
-            ) from None
+            raise _broken(str(error).strip()) from None
 
     convert_frame.ConvertFrame.__call__ = convert
 
 
-def _defer_warnings() -> None:
-    """Don't let warnings.warn break graphs of this backend: nn.TransformerEncoderLayer warns of masks of two types.
+def _logging_functions() -> set[Any]:
+    """Methods of loggers, with those that libraries add, as Hugging Face's `warning_once`."""
+    names = ("debug", "info", "warning", "warning_advice", "warning_once", "error", "info_once")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
 
-    A warning of the compiled function is given after the call; TorchDynamo leaves out those of functions it inlines.
+
+def _defer_warnings() -> None:
+    """Don't let warnings break graphs of this backend: nn.TransformerEncoderLayer warns of masks of two types.
+
+    A warning of the compiled function is given after the call; TorchDynamo leaves out those of functions it inlines,
+    and what is logged.
     """
     original = convert_frame.ConvertFrameAssert.__call__
     config = torch._dynamo.config
@@ -199,10 +207,23 @@ def _defer_warnings() -> None:
     def convert(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_ours(self):
             return original(self, *args, **kwargs)
-        with config.patch(reorderable_logging_functions={*config.reorderable_logging_functions, warnings.warn}):
+        warns = {*config.reorderable_logging_functions, warnings.warn}
+        logs = {*config.ignore_logging_functions, *_logging_functions()}
+        with config.patch(reorderable_logging_functions=warns, ignore_logging_functions=logs):
             return original(self, *args, **kwargs)
 
     convert_frame.ConvertFrameAssert.__call__ = convert
+
+
+def _broken(found: str) -> HeteroError:
+    """What a graph break is told as: of sparse tensors as of any operation without kernel."""
+    if "sparse" in found.splitlines()[0].lower():
+        return UnsupportedOperationError("sparse", "", f"TorchDynamo captures no sparse tensors: {found}")
+    return CompileError(
+        "torch.compile broke the graph; parts of it would run on the host",
+        found=found,
+        remedy="change the code there; where sizes depend on data, torch.where(x > 0, x, 0) instead of x[x > 0]",
+    )
 
 
 _forbid_graph_breaks()

@@ -24,9 +24,14 @@ aten = torch.ops.aten
 
 # Not of core ATen, so that PyTorch's list leaves them whole or makes them something that we have no kernel for.
 _FURTHER = (
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit_no_training.default,
     aten.dist.default,
     aten.ldexp.Tensor,
     aten.linalg_vector_norm.default,
+    aten.native_batch_norm_backward.default,
     aten.native_group_norm.default,
 )
 # Their kernels take float32 alone.
@@ -85,7 +90,15 @@ def _rrelu(
     return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
 
 
+def _randperm(n: int, **settings: Any) -> torch.Tensor:
+    """The order of random keys of 62 bits."""
+    wanted = {name: settings[name] for name in ("device",) if settings.get(name) is not None}
+    order = torch.argsort(torch.randint(0, 1 << 62, (n,), dtype=torch.int64, **wanted))
+    return order.to(settings.get("dtype") or torch.int64)
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     aten.rrelu_with_noise.default: _rrelu,
+    aten.randperm.default: _randperm,
     aten._efficientzerotensor.default: torch.zeros,  # gradients that are zero everywhere, as that of sgn
 }

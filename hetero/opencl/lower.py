@@ -294,7 +294,8 @@ class Lowering:
         self._views[node] = self._inputs[node] = view
 
     def _constant(self, node: Node, tensor: torch.Tensor) -> None:
-        tensor = tensor.detach().contiguous()
+        like = self.values[node]  # views of it have its strides
+        tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor.detach())
         root = Root("constant", tensor.numel() * tensor.itemsize, str(node), tensor=tensor)
         self._views[node] = View(root, 0, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
@@ -430,6 +431,10 @@ class Lowering:
         module = module_path(node)
         if self._fallback != "cpu" or "rng_state" in node.meta:  # the host can't repeat what it drew
             raise UnsupportedOperationError(operation_name(node), module, str(reason.message))
+        results = [v for v in pytree.tree_leaves(self.values[node]) if isinstance(v, torch.Tensor)]
+        if any(result.layout != torch.strided for result in results):
+            message = "it yields a sparse tensor, for which there is no fallback either"
+            raise UnsupportedOperationError(operation_name(node), module, message)
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Node) and leaf in self._views]
         numbers = [self.value(leaf) for leaf in leaves]

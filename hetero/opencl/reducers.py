@@ -53,8 +53,15 @@ def _fold(dtype: torch.dtype, start: str, update: str, result: str = "{s0}", *, 
 
 
 def total(dtype: torch.dtype, *, is_scan: bool = False) -> Reducer:
-    """The sum."""
-    return _fold(dtype, "0", "{s0} += {e};", is_scan=is_scan)
+    """The sum. Of a scan, whose elements come one after the other, with Kahan's compensation."""
+    if not (is_scan and dtype.is_floating_point):
+        return _fold(dtype, "0", "{s0} += {e};", is_scan=is_scan)
+    kind = C_TYPES[dtype]
+    update = (
+        f"{{{{ const {kind} term = {{e}} - {{s1}}, next = {{s0}} + term; "
+        "{s1} = next - next == 0 ? (next - {s0}) - term : 0; {s0} = next; }}"  # no more once infinite or NaN
+    )
+    return Reducer(dtype, (dtype, dtype), ("0", "0"), update, "{s0} += {t0};", ("{s0}",), (dtype,), is_scan=True)
 
 
 def mean(dtype: torch.dtype) -> Reducer:

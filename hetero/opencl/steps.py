@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hetero.opencl.program import Device, PreparedLaunches
 
 aten = torch.ops.aten
+_VARIABLE = re.compile(r"^[LG]\['[^']*'\](\._modules)?\.?")
 
 VIEW_OPS = frozenset(
     {
@@ -166,10 +168,17 @@ def bound_arguments(node: Node) -> dict[str, Any]:
 
 
 def module_path(node: Node) -> str:
-    """Where in the user's module a node comes from; backward nodes know it from their forward node."""
+    """Where in the user's module a node comes from, as `named_modules` says; of the module itself its class.
+
+    TorchDynamo's paths begin with the local variable that holds the module. Backward nodes know theirs from their
+    forward node. Nodes of no module have no path.
+    """
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    inside = _VARIABLE.sub("", str(path))
+    return inside or str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
 
 
 def operation_name(node: Node) -> str:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a training step [B], known before its first launch.
+    """Memory of a training step [B]: what was planned and allocated before its first launch.
 
     Attributes:
         weight_bytes: parameters and buffers.
@@ -61,7 +61,7 @@ class TrainStep:
 
     While the step exists it owns the weights. On a device that shares the host's memory the module's parameters lie in
     the device's memory: the module always shows the newest ones, and changes of them count. Elsewhere they are copied
-    to the module by `write_back`, `close` and every `state_dict()`, and from it by `upload` and every `load_state_dict()`.
+    to the module by `write_back`, `close` and every `state_dict()`, from it by `upload` and every `load_state_dict()`.
     Parameters get no `.grad`, and hooks are refused. TorchDynamo's guards decide which program a call runs: other
     shapes, other settings of the module or a parameter frozen since compile once more.
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hetero.opencl.errors import CompileError
+from hetero.opencl.errors import CompileError, OutOfDeviceMemory
 from hetero.opencl.ir import Root
-from hetero.opencl.memory import MemoryPlan, require_fit
+from hetero.opencl.memory import largest_buffers
 from hetero.opencl.optimizers import rule_of, signature
 from hetero.opencl.resident import Layout, Region, require_dense
 
@@ -141,8 +141,14 @@ class Weights:
         del self.region
 
     def _require_fit(self, device: Device, needed_bytes: int) -> None:
-        roots = [Root("resident", tensor.nbytes, name) for name, tensor in self.tensors.items()]
-        require_fit(MemoryPlan(needed_bytes, 0, 0), roots, needed_bytes, device.name, device.capabilities)
+        limits = device.capabilities
+        if needed_bytes > limits.memory_bytes:
+            roots = [Root("resident", tensor.nbytes, name) for name, tensor in self.tensors.items()]
+            raise OutOfDeviceMemory(
+                f"weights and state need {needed_bytes} bytes on {device.name}, which has {limits.memory_bytes}",
+                found=largest_buffers(roots),
+                remedy="a smaller model, an optimizer with less state, or another device",
+            )
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         offset, (dtype, shape, strides) = self.offsets[name], self._layouts[name]

@@ -32,6 +32,16 @@ class Net(nn.Module):
         return result
 
 
+class Deep(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(60, 60)
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        result: Tensor = self.down(torch.relu(self.middle(torch.relu(self.up(x)))))
+        return result
+
+
 @pytest.fixture
 def device() -> Device:
     """A device of its own, so that losing it harms nobody."""
@@ -71,7 +81,7 @@ def test_a_graph_that_does_not_fit_is_refused_before_anything_is_launched(
         compile_module(Net(), "opencl:0", memory=memory)(torch.randn(50, 30))
     assert "60" not in info.value.remedy
     assert f"{50 * 60 * 4} bytes: " in info.value.found
-    assert "of L['module'].up" in info.value.found
+    assert "of up" in info.value.found
     assert device.counts.total() == before
 
 
@@ -80,14 +90,14 @@ def test_a_buffer_that_is_too_large_for_one_piece_is_refused_by_its_name(
     memory: str | None, limit: Callable[..., Device]
 ) -> None:
     limit(max_allocation_bytes=10_000)
-    with pytest.raises(OutOfDeviceMemory, match=r"can't hold a buffer of \d+ bytes: .*L\['module'\]\.\w+"):
+    with pytest.raises(OutOfDeviceMemory, match=r"can't hold a buffer of \d+ bytes: .* of \w+"):
         compile_module(Net(), "opencl:0", memory=memory)(torch.randn(50, 30))
 
 
 @pytest.mark.parametrize("memory", [None, "copy"])
 def test_an_arena_larger_than_one_piece_is_made_of_several(memory: str | None, limit: Callable[..., Device]) -> None:
-    module, x = Net(), torch.randn(50, 30)
-    limit(max_allocation_bytes=16_384)  # of activations, 12 000 bytes each, and weights
+    module, x = Deep(), torch.randn(50, 30)
+    limit(max_allocation_bytes=16_384)  # of two activations, 12 000 bytes each, and weights
     compiled, n_plans = compile_module(module, "opencl:0", memory=memory), len(memory_plans("opencl:0"))
     for _ in range(2):
         y = compiled(x)

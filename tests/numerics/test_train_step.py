@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ import lm
 from hetero.opencl import TrainStep
 from hetero.opencl.errors import CompileError, NoOpenCLError, OutOfDeviceMemory, UnsupportedOperationError
 from hetero.opencl.program import open_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Losses of float32 and float64 runs over some steps, lr <= 0.05: a few hundred roundings of numbers around 1.
 LOSS_TOLERANCE = 3e-5
@@ -140,10 +145,12 @@ def _assert_states_agree(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_steps_equal_torchs(kind: str, memory: str | None) -> None:
     pair = Pair(kind, clip_norm=0.3 if kind in ("adamw", "sgd, momentum") else None, memory=memory)
+    counts, op = open_device("opencl:0").counts, "adam" if "adam" in kind else "sgd"
+    before = counts[op]
     for seed in range(5):
         pair.advance(seed)
     pair.compare()
-    assert open_device("opencl:0").counts["adam" if "adam" in kind else "sgd"] > 0
+    assert counts[op] > before
 
 
 @pytest.mark.parametrize("memory", [None, "copy"])
@@ -367,8 +374,215 @@ def test_what_does_not_fit_is_refused_with_sizes_and_names(monkeypatch: pytest.M
         Pair()
     _with_limits(monkeypatch, memory_bytes=20_000)
     pair = Pair()
-    with pytest.raises(OutOfDeviceMemory, match=r"bytes on opencl:0, which has 20000[\s\S]*L\['module'\]"):
+    with pytest.raises(
+        OutOfDeviceMemory, match=r"bytes on opencl:0, which has 20000[\s\S]* of (table|up|down|frozen|centre|Net)"
+    ):
         pair.step(*_batch(0, rows=500))
+
+
+# --- what may change between calls ------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A setting, a buffer and two layers, of which `deep` decides about the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.scale = 1.0
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor, deep: bool = True) -> torch.Tensor:
+        y = torch.tanh(self.first(x)) * self.scale + self.shift
+        return self.second(y) if deep else y
+
+
+class Regression:
+    """`Scaled` trained twice, by TrainStep and by torch in float64."""
+
+    def __init__(self, *, memory: str | None = None) -> None:
+        self.module = Scaled()
+        self.reference = copy.deepcopy(self.module).double()
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.05)
+        self.oracle = torch.optim.AdamW(self.reference.parameters(), lr=0.05)
+        self.step = TrainStep(self.module, nn.functional.mse_loss, self.optimizer, memory=memory)
+        torch.manual_seed(1)
+        self.x, self.y = torch.randn(5, 3), torch.randn(5, 3)
+
+    def advance(self, *, deep: bool = True) -> None:
+        value = self.step(self.x, deep, self.y)
+        self.oracle.zero_grad()
+        expected = nn.functional.mse_loss(self.reference(self.x.double(), deep), self.y.double())
+        expected.backward()
+        self.oracle.step()
+        assert float(value) == pytest.approx(float(expected.detach()), abs=LOSS_TOLERANCE)
+
+    def compare(self) -> None:
+        _assert_states_agree(self.step.state_dict(), self.reference.state_dict())
+
+
+def _freeze(module: Scaled) -> None:
+    module.first.weight.requires_grad_(False)
+
+
+def _set_scale(module: Scaled) -> None:
+    module.scale = 3.0
+
+
+@pytest.mark.parametrize("change", [_freeze, _set_scale])
+def test_a_changed_setting_makes_another_program(change: Callable[[Scaled], None]) -> None:
+    pair = Regression()
+    pair.advance()
+    change(pair.module)
+    change(pair.reference)
+    pair.advance()
+    pair.advance()
+    pair.compare()
+
+
+@pytest.mark.parametrize("memory", [None, "copy"])
+def test_programs_may_train_different_parts_of_the_module(memory: str | None) -> None:
+    pair = Regression(memory=memory)
+    for deep in (True, False, True, True, False):
+        pair.advance(deep=deep)
+    pair.compare()
+
+
+def _double(module: Scaled) -> None:
+    module.double()
+
+
+def _reshape(module: Scaled) -> None:
+    module.first.weight.data = torch.zeros(7, 3)
+
+
+def _replace(module: Scaled) -> None:
+    module.first.weight = nn.Parameter(torch.zeros(3, 3))
+
+
+def _replace_buffer(module: Scaled) -> None:
+    module.shift = torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [_double, _reshape, _replace, _replace_buffer])
+def test_a_module_with_other_tensors_is_refused(change: Callable[[Scaled], None]) -> None:
+    pair = Regression()
+    pair.advance()
+    change(pair.module)
+    with pytest.raises(CompileError, match="of the module has been"):
+        pair.step(pair.x, True, pair.y)
+
+
+def test_a_parameter_moved_to_other_strides_keeps_its_values() -> None:
+    pair = Regression()
+    pair.advance()
+    for module in (pair.module, pair.reference):
+        module.first.weight.data = module.first.weight.data.t().contiguous().t()
+    pair.advance()
+    pair.compare()
+
+
+@pytest.mark.parametrize("memory", [None, "copy"])
+def test_module_and_optimizer_load_and_give_their_states(memory: str | None) -> None:
+    pair = Regression(memory=memory)
+    pair.advance()
+    states = [copy.deepcopy(part.state_dict()) for part in (pair.module, pair.optimizer)]
+    pair.advance()
+    pair.module.load_state_dict(states[0])
+    pair.optimizer.load_state_dict(states[1])
+    fresh = Regression()
+    fresh.advance()
+    pair.reference, pair.oracle = fresh.reference, fresh.oracle
+    pair.advance()
+    pair.compare()
+
+
+def test_a_changed_optimizer_is_refused() -> None:
+    module = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    step = TrainStep(module, nn.functional.mse_loss, optimizer)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(CompileError, match="optimizer has been changed"):
+        step(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_schedulers_count_its_steps() -> None:
+    pair = Regression()
+    scheduler = torch.optim.lr_scheduler.StepLR(pair.optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair.advance()
+        scheduler.step()
+    assert pair.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+def test_an_infinite_norm_makes_no_step_of_finite_gradients() -> None:
+    module = nn.Linear(200, 200)
+    before = module.weight.detach().clone()
+    step = TrainStep(module, lambda y, t: (y * t).sum(), torch.optim.SGD(module.parameters(), lr=1.0), clip_norm=1.0)
+    x = torch.zeros(1, 200)
+    x[0, 0] = 1e25
+    step(x, torch.ones(1, 200))
+    assert torch.equal(module.weight, before)  # as torch: the factor is 1 / inf
+
+
+def test_inference_mode_outside_does_not_get_in() -> None:
+    pair = Regression()
+    pair.advance()
+    with torch.inference_mode():
+        pair.step.close()
+    nn.functional.mse_loss(pair.module(pair.x), pair.y).backward()
+    pair.optimizer.step()
+
+
+def test_another_thread_may_compile_meanwhile() -> None:
+    done = []
+
+    def compile_other() -> None:
+        module = nn.Linear(5, 5)
+        done.append(torch.compile(module, backend="opencl")(torch.ones(2, 5)).shape)
+
+    def train() -> None:
+        pair = Regression()
+        pair.advance()
+        done.append(pair.x.shape)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (compile_other, train)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(done) == 2
+
+
+def test_a_loss_of_one_element_and_a_batch_with_gradients_are_taken() -> None:
+    module = nn.Linear(3, 1)
+    step = TrainStep(module, lambda y, t: (y * t).sum(0), torch.optim.SGD(module.parameters(), lr=0.1))
+    x = torch.ones(2, 3, requires_grad=True)
+    assert step(x, torch.ones(2, 1)).shape == ()
+    assert x.grad is None
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    module = nn.Linear(3, 3)
+    hook = module.weight.register_hook(lambda g: g * 0)
+    with pytest.raises(CompileError, match=r"hooks[\s\S]*weight"):
+        TrainStep(module, nn.functional.mse_loss, torch.optim.SGD(module.parameters()))
+    hook.remove()
+    outside = nn.Parameter(torch.ones(3))
+    step = TrainStep(module, lambda y, t: (y * outside - t).sum(), torch.optim.SGD(module.parameters()))
+    with pytest.raises(CompileError, match="not the module's"):
+        step(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_a_closed_step_refuses_everything() -> None:
+    pair = Regression()
+    pair.step.close()
+    pair.step.close()
+    for use in (pair.step.state_dict, pair.step.write_back, pair.step.upload):
+        with pytest.raises(CompileError, match="closed"):
+            use()
 
 
 def test_what_it_is_not_for_is_refused_by_name() -> None:

@@ -8,13 +8,13 @@
 //                      m = m + (g - m) * take1;  v = v * keep2 + take2 * g^2
 //                      p = p - step_size * m / (sqrt(v) * root + epsilon)
 //   sgd:               g = sign * factor * grad + l2 * p
-//                      b = keep * b + take * g;  p = p - lr * (nesterov ? g + momentum * b : b)     (without b: p - lr * g)
+//                      b = keep * b + take * g;  p = p - lr * (nesterov ? g + momentum * b : b), without b: p - lr * g
 //
-//   p, grad, m, v, b (n): contiguous, each in a buffer of its own. partial: one a chunk. factor, norm: one element each.
+//   p, grad, m, v, b (n): contiguous, each in a buffer of its own. partial: one a chunk. factor, norm: one element.
 //   keep, take, step_size, ...: numbers of the step, computed by the host in double; the formulas: optimizers.py.
 //
-// Work-group: LOCAL work-items; zero_gaps: one, which does one gap. square_sum: one group a chunk; clip_factor: one work-item. adam, sgd, accumulate: work-item i does
-// elements i * per_item ... (i + 1) * per_item - 1.
+// Work-group: LOCAL work-items; zero_gaps, clip_factor: one. square_sum: one group a chunk; zero_gaps: one work-item a
+// gap; clip_factor: one work-item; the others: work-item i does elements i * per_item ... (i + 1) * per_item - 1.
 // Build constants: LANES (common.cl); LOCAL, a power of two, 1 on CPU-type devices.
 // The order of all sums depends on n and LOCAL alone.
 // Tolerance: norm n / LANES eps relative at worst; adam, sgd: 8 eps of the update and 1 of p, v is at most 3 eps off.
