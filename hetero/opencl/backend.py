@@ -135,12 +135,12 @@ def opencl(
     return compiled
 
 
-_OURS: set[Any] = {opencl}
+_OURS: list[Any] = [opencl]
 
 
 def never_eager(backend: Any) -> Any:
     """Register a backend function for which TorchDynamo must leave nothing to eager PyTorch; used as a decorator."""
-    _OURS.add(backend)
+    _OURS.append(backend)
     return backend
 
 
@@ -150,7 +150,8 @@ def _is_ours(convert: Any) -> bool:
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     backend = getattr(backend, "compiler_fn", backend)
-    return getattr(backend, "func", backend) in _OURS
+    backend = getattr(backend, "func", backend)
+    return any(backend is ours for ours in _OURS)  # others' backends may be unhashable
 
 
 def _forbid_graph_breaks() -> None:

@@ -131,7 +131,7 @@ class Frame:
         device = self._device
         for slot in self._inputs:
             tensor = arguments[slot.index]
-            if tensor.stride() != slot.view.strides:
+            if tensor.stride() != slot.strides:
                 tensor = arguments[slot.index] = in_layout(tensor, slot.view)
             pointer = tensor.data_ptr()
             if pointer != slot.pointer:
@@ -157,12 +157,9 @@ class Frame:
         return results
 
     def _results(self, arguments: Sequence[Any]) -> list[Any]:
-        seen: dict[int, Any] = {}
-        results = []
-        for same, give in self._returns:
-            if same not in seen:
-                seen[same] = give(arguments)
-            results.append(seen[same])
+        results: list[Any] = []
+        for i, (first, give) in enumerate(self._returns):
+            results.append(give(arguments) if first == i else results[first])
         return results
 
     def _return(self, i: int) -> tuple[int, Callable[[Sequence[Any]], Any]]:
@@ -264,6 +261,9 @@ class _Slot:
 class _InputSlot(_Slot):
     index: int
     view: View
+
+    def __post_init__(self) -> None:
+        self.strides = self.view.strides
 
 
 @dataclass

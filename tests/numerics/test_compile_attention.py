@@ -124,12 +124,15 @@ def test_attention_to_nothing() -> None:
     check(attention, heads((2, 2, 3, 4), (2, 2, 0, 4), (2, 2, 0, 4)))
 
 
+@pytest.mark.slow
 def test_attention_of_matrices_and_of_broadcast_batches_runs_in_pieces() -> None:
     check(attention, heads((5, 7), (6, 7), (6, 7)))
     check(attention, heads((2, 3, 5, 7), (1, 3, 6, 7), (1, 3, 6, 7)))
 
 
-@pytest.mark.parametrize("shape", [(9, 9), (2, 1, 1, 9), (1, 4, 9, 9), (2, 4, 9, 1)])
+@pytest.mark.parametrize(
+    "shape", [(9, 9), (2, 1, 1, 9), *(pytest.param(s, marks=pytest.mark.slow) for s in [(1, 4, 9, 9), (2, 4, 9, 1)])]
+)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_masks_are_broadcast_and_added_in_the_kernel(shape: tuple[int, ...], kind: torch.dtype) -> None:
     mask = random(*shape, seed=7, grad=False)
@@ -189,7 +192,9 @@ def with_kept(
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "copy"}, {"device": "opencl:0.1"}])
-@pytest.mark.parametrize(("n_head", "shared", "is_causal"), [(3, 3, True), (4, 2, False)])
+@pytest.mark.parametrize(
+    ("n_head", "shared", "is_causal"), [pytest.param(3, 3, True, marks=pytest.mark.slow), (4, 2, False)]
+)
 def test_gradients_under_dropout_are_those_of_the_mask_that_was_drawn(
     n_head: int, shared: int, is_causal: bool, options: dict[str, str]
 ) -> None:
@@ -279,7 +284,7 @@ def run(
 
 
 @pytest.mark.parametrize(("training", "gradients"), MODES)
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("need_weights", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_multihead_attention_with_masks(need_weights: bool, training: bool, gradients: bool) -> None:
     module = nn.MultiheadAttention(D, H, batch_first=True)
 
@@ -303,7 +308,9 @@ def test_multihead_attention_of_other_keys_and_its_weights(training: bool, gradi
 
 
 @pytest.mark.parametrize(("training", "gradients"), MODES)
-@pytest.mark.parametrize(("norm_first", "activation"), [(False, "relu"), (True, "gelu")])
+@pytest.mark.parametrize(
+    ("norm_first", "activation"), [pytest.param(False, "relu", marks=pytest.mark.slow), (True, "gelu")]
+)
 def test_encoder_layers(norm_first: bool, activation: str, training: bool, gradients: bool) -> None:
     """Without gradients, in evaluation, the module calls one fused operation: it has to run here as well."""
     p = 0.0 if training else 0.3
@@ -346,7 +353,9 @@ def test_a_stack_that_would_nest_tensors_does_not_when_compiled() -> None:
 
 
 @pytest.mark.parametrize(("training", "gradients"), MODES)
-@pytest.mark.parametrize(("norm_first", "activation"), [(False, "gelu"), (True, "relu")])
+@pytest.mark.parametrize(
+    ("norm_first", "activation"), [(False, "gelu"), pytest.param(True, "relu", marks=pytest.mark.slow)]
+)
 def test_decoder_layers(norm_first: bool, activation: str, training: bool, gradients: bool) -> None:
     p = 0.0 if training else 0.3
     module = nn.TransformerDecoderLayer(D, H, 24, p, activation, batch_first=True, norm_first=norm_first)

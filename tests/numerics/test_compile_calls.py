@@ -330,3 +330,13 @@ def test_an_output_may_show_its_memory_twice() -> None:
     x = torch.randn(4)
     assert torch.equal(function(x), (x * 2)[:2].expand(2, 2))
     assert function(x).untyped_storage().nbytes() == 16
+
+
+def test_other_backends_are_left_alone_even_unhashable_ones() -> None:
+    class Backend:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+            return gm
+
+    torch.testing.assert_close(torch.compile(lambda x: x + 1, backend=Backend())(torch.ones(3)), torch.full((3,), 2.0))

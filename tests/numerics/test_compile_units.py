@@ -140,12 +140,13 @@ def test_a_whole_model_with_its_loss_has_the_gradients_of_float64() -> None:
 
 def test_nothing_of_the_model_falls_back() -> None:
     counts = open_device(DEVICE).counts
-    before = counts.total()
+    before = counts.copy()
     compiled = compile_module(Loss(), DEVICE)
     targets = {"targets": torch.randint(0, 13, (2, 8)), "dropout": torch.randint(0, 100, (2,))}
     compiled(torch.randint(0, 13, (2, 8)), targets).backward()
-    assert counts.total() - before > 20
-    assert counts["addmm"] > 0
+    launched = counts - before
+    assert launched.total() > 20
+    assert any("addmm" in op.split("+") for op in launched)
     assert fallbacks(compiled) == []
 
 

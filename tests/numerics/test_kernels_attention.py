@@ -55,7 +55,7 @@ def _tolerances(q, k, v, grad, scale):
     return [relative * s for s in (*sums, largest[3] * q.shape[2])]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     lanes=st.sampled_from([8, 16]),
     sizes=st.tuples(
@@ -224,7 +224,7 @@ def _mask(kind, heads, T, S):
     return torch.where(mask < -0.7, -float("inf"), mask)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     lanes=st.sampled_from([8, 16]),
     sizes=st.tuples(

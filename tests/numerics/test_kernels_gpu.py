@@ -251,7 +251,7 @@ def _check_attention(actual, q, k, v, grad, scale, **options):
         check(a, e, tolerance)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     T=st.sampled_from([1, 2, 31, 32, 33, 65, 130]),
     S=st.sampled_from([1, 13, 32, 64, 97]),
@@ -268,7 +268,7 @@ def test_attention_and_its_gradients_equal_float64(T, S, widths, heads, kinds, i
     _check_attention(actual, q, k, v, grad, scale, is_causal=is_causal)
 
 
-@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize("shared", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_attention_with_a_mask_dropout_and_shared_heads_equals_float64(shared):
     T, S, E, p, scale = 37, 50, 16, 0.3, 0.25
     q, grad = _random(2, 3, T, E), _random(2, 3, T, E, seed=3)
@@ -304,9 +304,9 @@ def _kept(p, seed, shape):
 @pytest.mark.parametrize(
     ("width", "limits"),
     [
-        (80, {}),  # 16 work-items side by side
+        pytest.param(80, {}, marks=pytest.mark.slow),  # 16 work-items side by side
         (17, {"local_memory_bytes": 6000}),
-        (17, {"items": 16}),
+        pytest.param(17, {"items": 16}, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_fit_the_device(width, limits):
