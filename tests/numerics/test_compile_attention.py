@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hetero.opencl import fallbacks
+from hetero.opencl import graph as compiled_graphs
 from hetero.opencl.program import open_device
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ attention = functional.scaled_dot_product_attention
 # As in test_compile_units.py: four times as far from float64 as eager float32 is, plus rounding of the norm.
 FACTOR, FLOOR = 4.0, 1e-6
 WHOLE = {"_scaled_dot_product_flash_attention_for_cpu", "attention"}  # forward, in one launch
+
+
+@pytest.fixture(autouse=True)
+def _forget_fallbacks() -> None:
+    """Other tests of the process let operations fall back on purpose."""
+    compiled_graphs._fallbacks.clear()
 
 
 @pytest.fixture(autouse=True)

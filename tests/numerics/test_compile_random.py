@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hetero.opencl import fallbacks
+from hetero.opencl import graph as compiled_graphs
 from hetero.opencl.program import open_device
 from tests.philox import words
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 SIGMAS = 5.0  # of a normally distributed statistic: 6e-7 on both sides
 KOLMOGOROV = 2.7  # sqrt(n) times the largest distance of distribution functions: 2 exp(-2 * 2.7^2) = 9e-7
 N = 1 << 18
+
+
+@pytest.fixture(autouse=True)
+def _forget_fallbacks() -> None:
+    """Other tests of the process let operations fall back on purpose."""
+    compiled_graphs._fallbacks.clear()
 
 
 def compiled(function: Callable[..., Any], **options: str) -> Callable[..., Any]:
