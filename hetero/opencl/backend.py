@@ -179,10 +179,6 @@ def _forbid_graph_breaks() -> None:
         try:
             with strict(True):
                 return original(self, *args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, HeteroError):
-                raise error.inner_exception from None
-            raise
         except torch._dynamo.exc.Unsupported as error:
             raise _broken(str(error).strip()) from None
 
@@ -195,11 +191,12 @@ def _logging_functions() -> set[Any]:
     return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
 
 
-def _defer_warnings() -> None:
-    """Don't let warnings break graphs of this backend: nn.TransformerEncoderLayer warns of masks of two types.
+def _tell_plainly() -> None:
+    """Raise this backend's errors as they are, and don't let warnings break its graphs.
 
-    A warning of the compiled function is given after the call; TorchDynamo leaves out those of functions it inlines,
-    and what is logged.
+    nn.TransformerEncoderLayer warns of masks of two types, for example. A warning of the compiled function is given
+    after the call; TorchDynamo leaves out those of functions it inlines, and what is logged. Every conversion comes
+    through here, with `fullgraph=True` and without.
     """
     original = convert_frame.ConvertFrameAssert.__call__
     config = torch._dynamo.config
@@ -210,8 +207,13 @@ def _defer_warnings() -> None:
             return original(self, *args, **kwargs)
         warns = {*config.reorderable_logging_functions, warnings.warn}
         logs = {*config.ignore_logging_functions, *_logging_functions()}
-        with config.patch(reorderable_logging_functions=warns, ignore_logging_functions=logs):
-            return original(self, *args, **kwargs)
+        try:
+            with config.patch(reorderable_logging_functions=warns, ignore_logging_functions=logs):
+                return original(self, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, HeteroError):
+                raise error.inner_exception from None
+            raise
 
     convert_frame.ConvertFrameAssert.__call__ = convert
 
@@ -228,7 +230,7 @@ def _broken(found: str) -> HeteroError:
 
 
 _forbid_graph_breaks()
-_defer_warnings()
+_tell_plainly()
 
 
 def fail_on_recompile_limit() -> None:
@@ -294,12 +296,7 @@ class CompiledModule:
         entry = _entries.get(key)
         if entry is None:
             entry = self._compile(key)
-        try:
-            return entry(self.module, x, context)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, HeteroError):
-                raise error.inner_exception from None
-            raise
+        return entry(self.module, x, context)
 
     def memory_bytes(self) -> tuple[int, int]:
         """What a call in flight keeps, and what all calls share in turn [B]: the most of all graphs so far.

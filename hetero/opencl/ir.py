@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import torch
 
 
 @dataclass(eq=False)
@@ -66,6 +66,11 @@ class View:
                 return False
             expected *= size
         return True
+
+
+def vector(root: Root) -> View:
+    """The whole of a root as a float32 vector."""
+    return View(root, 0, (root.nbytes // 4,), (1,), torch.float32)
 
 
 @dataclass(frozen=True)

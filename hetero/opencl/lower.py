@@ -26,7 +26,7 @@ from hetero.opencl.expressions import expression
 from hetero.opencl.fuse import MAX_OPERATIONS, Misfit, build, is_dense_cover
 from hetero.opencl.fuse_epilogue import build_epilogue
 from hetero.opencl.fuse_reduction import Reduction, build_reduction
-from hetero.opencl.ir import Launch, Root, View
+from hetero.opencl.ir import Launch, Root, View, vector
 from hetero.opencl.pointwise import Operand, Pointwise
 from hetero.opencl.rules import RULES
 from hetero.opencl.seeds import seed_root
@@ -109,7 +109,7 @@ class Lowering:
 
     def scratch(self, nbytes: int, name: str) -> View:
         """A new float32 vector for a kernel's own use."""
-        return View(Root("scratch", nbytes, name), 0, (nbytes // 4,), (1,), torch.float32)
+        return vector(Root("scratch", nbytes, name))
 
     def define(self, node: Node, views: Any) -> None:
         """Set what a node yields."""

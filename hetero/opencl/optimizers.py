@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from hetero.opencl.errors import CompileError
-from hetero.opencl.ir import Argument, Launch, Root, Scalar, View
+from hetero.opencl.ir import Argument, Launch, Root, Scalar, View, vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,8 +81,7 @@ def accumulate(target: Root, source: Root, target_device: Target) -> Launch:
         source: as long.
         target_device: the device.
     """
-    n = source.nbytes // 4
-    views = [View(root, 0, (n,), (1,), torch.float32) for root in (target, source)]
+    views, n = [vector(target), vector(source)], source.nbytes // 4
     global_size, local_size, per_item = _divided(n, target_device)
     arguments: tuple[Argument, ...] = (*views, n, per_item, Scalar("keep"))
     defines = {"LOCAL": local_size[0]}

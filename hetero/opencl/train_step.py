@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import types
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from hetero.errors import HeteroError
 from hetero.opencl.backend import fail_on_recompile_limit, never_eager
 from hetero.opencl.capture import capture
 from hetero.opencl.errors import CompileError
@@ -29,7 +29,7 @@ from hetero.opencl.step_program import Arena, StepProgram
 from hetero.opencl.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.fx import GraphModule
 
@@ -117,7 +117,7 @@ class TrainStep:
         )
         self._hooks = [
             optimizer.register_state_dict_pre_hook(lambda _: self.write_back()),
-            optimizer.register_load_state_dict_post_hook(lambda _: self._weights.load_states()),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._load_states()),
             module.register_state_dict_pre_hook(lambda *_: self.write_back()),  # type: ignore[no-untyped-call]
             module.register_load_state_dict_post_hook(lambda *_: self.upload()),  # type: ignore[no-untyped-call]
         ]
@@ -129,7 +129,7 @@ class TrainStep:
             CompileError: see `TrainStep`; or a batch that can't be divided into equal micro-batches.
         """
         self._require_open()
-        with self._device.lock, torch.inference_mode(mode=False), torch.no_grad():
+        with self._held():
             self._weights.adopt()
         for i in range(self._n_microbatches):
             self._microbatch, self._result = i, torch.empty(0)
@@ -145,10 +145,6 @@ class TrainStep:
         """Let TorchDynamo find the program, by its guards, or make one; the program runs."""
         try:
             self._compiled(self.module, self._loss, batch)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, HeteroError):
-                raise error.inner_exception from None
-            raise
         except torch._dynamo.exc.Unsupported as error:
             raise CompileError("the training step is no single graph", found=str(error).strip()) from None
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -160,8 +156,7 @@ class TrainStep:
 
     def memory(self) -> StepMemory | None:
         """Memory of the largest step so far; None before the first."""
-        largest = max(self._programs, key=lambda p: p.arena_bytes + p.kept_bytes, default=None)
-        if largest is None or self._is_closed:
+        if not self._programs:
             return None
         kept = sum(program.kept_bytes for program in self._programs)
         arena = max(program.arena_bytes for program in self._programs)
@@ -173,7 +168,7 @@ class TrainStep:
         `state_dict()` of module and optimizer do it by themselves.
         """
         self._require_open()
-        with self._device.lock, torch.inference_mode(mode=False), torch.no_grad():
+        with self._held():
             self._weights.write_back()
 
     def upload(self) -> None:
@@ -182,7 +177,7 @@ class TrainStep:
         `load_state_dict()` of module and optimizer do it by themselves.
         """
         self._require_open()
-        with self._device.lock, torch.inference_mode(mode=False), torch.no_grad():
+        with self._held():
             self._weights.upload()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -200,7 +195,7 @@ class TrainStep:
         """Write back and give the weights memory of their own; the step can't be used any more."""
         if self._is_closed:
             return
-        with self._device.lock, torch.inference_mode(mode=False), torch.no_grad():
+        with self._held():
             self._weights.release()
         for hook in self._hooks:
             hook.remove()
@@ -212,6 +207,16 @@ class TrainStep:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _load_states(self) -> None:
+        with self._held():
+            self._weights.load_states()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The device for this thread alone, and plain tensors whatever mode the caller is in."""
+        with self._device.lock, torch.inference_mode(mode=False), torch.no_grad():
+            yield
 
     def _require_open(self) -> None:
         if self._is_closed:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hetero.opencl.ir import Launch, Root, View
+from hetero.opencl.ir import Launch, Root, View, vector
 from hetero.opencl.optimizers import Clipping, clear, clip, n_partial
 
 if TYPE_CHECKING:
@@ -65,12 +63,12 @@ class _Pieces:
 
     @classmethod
     def of(cls, run: Run, weights: Weights) -> _Pieces:
-        def vector(kind: str, name: str) -> View:
-            return View(Root(kind, run.nbytes, name), 0, (run.nbytes // 4,), (1,), torch.float32)
+        def piece(kind: str, name: str) -> View:
+            return vector(Root(kind, run.nbytes, name))
 
-        states = tuple(vector("resident", name) for name in weights.states)
-        return cls(vector("resident", "parameters"), vector("scratch", "gradients"), states, weights.gaps(run))
+        states = tuple(piece("resident", name) for name in weights.states)
+        return cls(piece("resident", "parameters"), piece("scratch", "gradients"), states, weights.gaps(run))
 
 
 def _scratch(n: int, name: str) -> View:
-    return View(Root("scratch", 4 * n, name), 0, (n,), (1,), torch.float32)
+    return vector(Root("scratch", 4 * n, name))

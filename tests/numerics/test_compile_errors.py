@@ -58,6 +58,13 @@ def test_an_operation_without_kernel_is_an_error_that_names_it() -> None:
         call(compile_(Outer()), torch.randn(2, 6))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_the_error_is_ours_however_torch_compile_is_called(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.logcumsumexp"):
+        torch.compile(Outer(), backend="opencl", fullgraph=fullgraph)(torch.randn(2, 6))
+
+
 def test_with_the_option_it_runs_on_the_host_and_is_listed(caplog: pytest.LogCaptureFixture) -> None:
     module = Outer()
     compiled = compile_module(module, DEVICE, fallback="cpu")

@@ -20,20 +20,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@handles(aten.sort.default, aten.sort.stable)
+@handles(aten.sort.default, aten.sort.stable, aten.topk.default)
 def _sort(lowering: Lowering, node: Node) -> None:
     bound = bound_arguments(node)
     outputs = new_outputs(lowering, node)
     lowering.define(node, outputs)
-    _order(lowering, node, outputs, dim=bound["dim"], is_descending=bool(bound["descending"]))
-
-
-@handles(aten.topk.default)
-def _topk(lowering: Lowering, node: Node) -> None:
-    bound = bound_arguments(node)
-    outputs = new_outputs(lowering, node)
-    lowering.define(node, outputs)
-    _order(lowering, node, outputs, dim=bound["dim"], is_descending=bool(bound["largest"]))
+    is_descending = bound["largest" if node.target is aten.topk.default else "descending"]
+    _order(lowering, node, outputs, dim=bound["dim"], is_descending=bool(is_descending))
 
 
 @handles(aten.kthvalue.default)

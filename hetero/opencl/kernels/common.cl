@@ -202,11 +202,8 @@ static inline float min_lanes(vec v)
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; the polynomial and the split of ln 2 are Cephes' expf.
 // Rounding: adding 1.5 * 2^23 leaves no room for a fraction. 2^n is applied in two halves, so that n = 128 is legal.
 // Within 2 ulp; results below FLT_MIN are 0 (denormals would cost 100 times as much); NaN -> NaN, inf -> inf.
-static inline vec __attribute__((overloadable)) exp_(vec x)
+static inline vec exp_rest(vec y, vec n)  // exp(r) for x = y
 {
-    vec y = x < -87.336f ? (vec)(-87.336f) : x;
-    y = y > 89.0f ? (vec)(89.0f) : y;
-    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
     vec r = y - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -214,7 +211,14 @@ static inline vec __attribute__((overloadable)) exp_(vec x)
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    return p * (r * r) + r + 1.0f;
+}
+static inline vec __attribute__((overloadable)) exp_(vec x)
+{
+    vec y = x < -87.336f ? (vec)(-87.336f) : x;
+    y = y > 89.0f ? (vec)(89.0f) : y;
+    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec p = exp_rest(y, n);
     ivec i = __builtin_convertvector(n, ivec);
     ivec half_i = i >> 1;
     vec result = p * as_vec((half_i + 127) << 23) * as_vec((i - half_i + 127) << 23);
@@ -227,15 +231,7 @@ static inline vec exp_nonpositive(vec x)
 {
     vec y = x < -87.336f ? (vec)(-87.336f) : x;
     vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-    vec r = y - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vec result = p * as_vec((__builtin_convertvector(n, ivec) + 127) << 23);
+    vec result = exp_rest(y, n) * as_vec((__builtin_convertvector(n, ivec) + 127) << 23);
     return x < -87.336f ? (vec)(0.0f) : result;
 }
 
