@@ -27,6 +27,9 @@ _PLATFORM_OPTIONS = {
     # and takes what comes from a shuffle's second vector for uninitialised at random.
     "Oclgrind": ("-cl-opt-disable", "-DNO_SHUFFLES=1"),
 }
+# Platforms whose own cache on disk is enough. Asked for a binary, PoCL compiles every kernel for work-groups of any
+# size, and at its first launch once more for the size that it has.
+_CACHING_PLATFORMS = frozenset({"Portable Computing Language"})
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +54,9 @@ def assemble(source: str, *, is_generated: bool, epilogue: str = "") -> tuple[st
 
 
 def build(context: Any, device: Any, text: str, name: str, defines: Mapping[str, int | float | str]) -> tuple[Any, str]:
-    """A built program, and where it came from: `source`, or `cache` if it was on disk.
+    """A built program, and where it came from: `cache` if its binary was on disk, else `source`.
+
+    Platforms with a cache of their own always get the source, and look there.
 
     Args:
         context: a context of the device.
@@ -66,8 +71,9 @@ def build(context: Any, device: Any, text: str, name: str, defines: Mapping[str,
     cl = opencl()
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += _PLATFORM_OPTIONS.get(device.platform.name, ())
+    has_cache = device.platform.name in _CACHING_PLATFORMS
     path = _cache_path(device, text, options)
-    binary = _read(path)
+    binary = None if has_cache else _read(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cl.CompilerWarning)
         try:
@@ -80,7 +86,8 @@ def build(context: Any, device: Any, text: str, name: str, defines: Mapping[str,
             program.build(options, cache_dir=False)
         except cl.Error as error:
             raise _build_error(device, text, name, options, str(error)) from None
-    _write(path, program.get_info(cl.program_info.BINARIES)[0])
+    if not has_cache:
+        _write(path, program.get_info(cl.program_info.BINARIES)[0])
     return program, "source"
 
 
@@ -123,7 +130,7 @@ def _cache_path(device: Any, text: str, options: list[str]) -> Path:
 
 
 def _read(path: Path) -> bytes | None:
-    """A binary that is whole, else None. PoCL dies of a truncated one, so the file begins with its SHA-256."""
+    """A binary that is whole, else None. A driver may die of a truncated one, so the file begins with its SHA-256."""
     try:
         data = path.read_bytes()
     except OSError:

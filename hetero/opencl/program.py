@@ -99,7 +99,8 @@ class Device:
         lock: whoever binds, enqueues and waits holds it meanwhile.
         counts: launches enqueued so far, by op.
         bytes_moved: bytes copied so far, by direction: h2d, d2h.
-        programs_built: programs made so far, by where they came from: `source`, or `cache` (on disk).
+        programs_built: programs made so far, by where they came from: `source`, or `cache` (a binary on disk); PoCL,
+            which has a cache of its own, always gets the source.
         lost: how the device was lost: the status; empty while it works.
     """
 

@@ -22,8 +22,9 @@ KERNEL add(TENSOR(x), TENSOR_OUT(out), __local float *t, const int n, const floa
 
 @pytest.fixture
 def device(tmp_path, monkeypatch):
-    """A device with an empty cache of its own."""
+    """A device with an empty cache of its own, as if its platform had none."""
     monkeypatch.setenv("HETEROQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_CACHING_PLATFORMS", frozenset())
     try:
         opened = open_device("opencl:0")
     except NoOpenCLError as error:
@@ -131,6 +132,14 @@ def test_a_program_comes_from_the_disk_the_second_time(device, tmp_path, monkeyp
     again.finish()
     assert root.tensor.tolist() == [1.0] * 4
     assert cached.exists()
+
+
+def test_a_platform_with_a_cache_of_its_own_is_not_asked_for_binaries(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_CACHING_PLATFORMS", frozenset({device._handle.platform.name}))
+    root = Root("constant", 16, tensor=torch.zeros(4))
+    device.prepare([_add(_view(root), _view(root))])
+    assert device.programs_built == {"source": 1}
+    assert not (tmp_path / "opencl").exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
