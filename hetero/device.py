@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+RECOMPUTING_APIS = ("cpu", "cuda")
+"""Runtimes that can drop what a layer saved and run it again in its backward pass: torch's own, op by op."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -24,6 +27,9 @@ class Device:
         memory_pool: devices of one pool share its limit.
         price_usd_h: price [USD/h]; None: unknown.
         power_w: power at full load [W]; None: unknown.
+        idle_power_w: power while it waits [W]; None: unknown.
+        host: the machine that it is in; empty: not said.
+        rack: what holds that machine, one tier of network further out; empty: not said.
         simulated: known from a file only; nothing can run there.
         description: the name that the driver or data sheet gives it.
         driver: runtime and version; with `description` the key of cached measurements.
@@ -41,6 +47,9 @@ class Device:
     memory_pool: str = ""
     price_usd_h: float | None = None
     power_w: float | None = None
+    idle_power_w: float | None = None
+    host: str = ""
+    rack: str = ""
     simulated: bool = False
     description: str = ""
     driver: str = ""
@@ -48,7 +57,8 @@ class Device:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        return dataclasses.asdict(self) | {"cores": list(self.cores)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"cores": list(self.cores), "provenance": dict(self.provenance)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Device:

@@ -1,26 +1,41 @@
-"""Reading a topology from YAML, with every fault named by file, line and column."""
+"""Reading a topology from YAML: hardware described by hand, or by its model's name in the catalogue.
+
+A file has four sections, all optional but one with devices:
+
+    devices: [...]                      on no host in particular
+    hosts: [{name, count, devices}]     machines with devices; `count: 8` makes eight, `name:0` to `name:7`
+    racks: [{name, count, hosts}]       groups of machines
+    links: [...]                        the first that joins two devices counts
+
+A device within hosts and racks is called `rack:3/host:0/gpu:7`; a pattern in a link (`*/gpu:*`) sees these names.
+docs/topologies.md explains every key and has examples.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
+from collections import Counter
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hetero.device import Device
+from hetero.device_catalogue import DTYPES, CatalogueError, device_fields
 from hetero.errors import DeviceError
 from hetero.topology import Link, Topology
+from hetero.yaml_nodes import Reader, compose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_KINDS = ("cpu", "gpu", "tpu", "qpu")
+    from hetero.yaml_nodes import Read
+
+MAX_DEVICES = 1_000_000
+KINDS = ("cpu", "gpu", "tpu", "qpu")
+
+_LISTED = 6
 
 
 def read(path: Path) -> Topology:
@@ -29,178 +44,195 @@ def read(path: Path) -> Topology:
     Raises:
         DeviceError: the file is missing or wrong.
     """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise DeviceError(f"can't read the topology {path}", found=error.strerror or str(error)) from None
-    except UnicodeDecodeError as error:
-        raise DeviceError(f"can't read the topology {path}", found=str(error), expected="UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # a character that YAML forbids has none
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise DeviceError(f"{where}: {problem}", expected="a YAML file") from None
-    reader = _Reader(path)
-    topology = reader.topology(root)
+    reader = _TopologyReader(path)
+    topology = reader.topology(compose(path))
     if reader.faults:
         raise DeviceError("\n".join(reader.faults), remedy="correct the topology file")
     return topology
 
 
-class _Reader:
-    """Turns nodes into values and collects faults."""
+class _TopologyReader(Reader):
+    """Turns nodes into devices and links."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.faults: list[str] = []
-        self.links: list[tuple[yaml.Node, str, Link]] = []
-
-    def fault(self, node: yaml.Node | None, key: str, text: str) -> None:
-        line, column = (node.start_mark.line + 1, node.start_mark.column + 1) if node else (1, 1)
-        self.faults.append(f"{self.path}:{line}:{column}: {key}: {text}")
+        super().__init__(path)
+        self._entries: list[tuple[yaml.Node, str, list[Device]]] = []
+        self._links: list[tuple[yaml.Node, str, Link]] = []
 
     def topology(self, root: yaml.Node | None) -> Topology:
-        sections = self.mapping(root, "topology", {"devices": self._list(self.devices), "links": self._list(self.link)})
-        devices = [device for group in sections.get("devices", []) if group for device in group]
+        sections: dict[str, Read] = {
+            "devices": self.list_of(self._entry(self._device)),
+            "hosts": self.list_of(self._entry(self._host)),
+            "racks": self.list_of(self._entry(self._rack)),
+            "links": self.list_of(self._link),
+        }
+        self.mapping(root, "", sections)
+        devices = [device for _, _, found in self._entries for device in found]
         if not devices and not self.faults:
-            self.fault(root, "devices", "there are none; expected a list")
-        if twice := sorted({d.name for d in devices if [e.name for e in devices].count(d.name) > 1}):
-            self.fault(root, "devices", f"{twice[0]!r} is listed twice")
+            self.fault(root, "devices", "there are none; expected some in devices, hosts or racks")
+        self._check_names()
+        if self.faults:
             return Topology(())
-        if not self.faults:
-            self._check_links([device.name for device in devices])
-        return Topology(tuple(devices), tuple(link for _, _, link in self.links))
+        topology = Topology(tuple(_own_cores(devices)), tuple(link for _, _, link in self._links))
+        self._check_links(topology)
+        self._check_connected(topology, _value(root, "links"))
+        return topology
 
-    def _check_links(self, names: list[str]) -> None:
-        for node, key, link in self.links:
-            for end, pattern in (("source", link.source), ("target", link.target)):
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    self.fault(node, f"{key}.{end}", f"{pattern!r} matches no device; there are {', '.join(names[:8])}")
+    def _entry(self, read_devices: Read) -> Read:
+        def entry(node: yaml.Node, key: str) -> None:
+            self._entries.append((node, key, read_devices(node, key)))
 
-    def mapping(
-        self, node: yaml.Node | None, key: str, readers: dict[str, Callable[[yaml.Node, str], Any]]
-    ) -> dict[str, Any]:
-        """The values of a mapping whose keys are known."""
-        if not isinstance(node, yaml.MappingNode):
-            self.fault(node, key, f"expected {', '.join(readers)}")
-            return {}
-        values: dict[str, Any] = {}
-        for name_node, value_node in node.value:
-            name = str(name_node.value)
-            inner = f"{key}.{name}" if key != "topology" else name
-            if name not in readers:
-                self.fault(name_node, inner, f"unknown key; there are {', '.join(readers)}")
-            elif name in values:
-                self.fault(name_node, inner, "given twice")
-            else:
-                values[name] = readers[name](value_node, inner)
-        return values
+        return entry
 
-    def _list(self, item: Callable[[yaml.Node, str], Any]) -> Callable[[yaml.Node, str], list[Any]]:
-        def values(node: yaml.Node, key: str) -> list[Any]:
-            if not isinstance(node, yaml.SequenceNode):
-                self.fault(node, key, "expected a list")
-                return []
-            return [item(child, f"{key}[{k}]") for k, child in enumerate(node.value)]
+    def _rack(self, node: yaml.Node, key: str) -> list[Device]:
+        return self._group(node, key, "hosts", self._host, _in_rack)
 
-        return values
+    def _host(self, node: yaml.Node, key: str) -> list[Device]:
+        return self._group(node, key, "devices", self._device_of_host, _in_host)
 
-    def devices(self, node: yaml.Node, key: str) -> list[Device]:
+    def _group(
+        self, node: yaml.Node, key: str, inner: str, read_inner: Read, inside: Callable[[Device, str], Device]
+    ) -> list[Device]:
+        """The devices of a host or rack, or of `count` of them."""
+        readers = {"name": self.text, "count": self.count, inner: self.list_of(read_inner)}
+        values = self.mapping(node, key, readers, needs=("name", inner))
+        members = [device for devices in values.get(inner, []) for device in devices]
+        places = self._numbered(node, key, values, len(members))
+        return [inside(device, place) for place in places for device in members]
+
+    def _numbered(self, node: yaml.Node, key: str, values: dict[str, Any], size: int = 1) -> list[str]:
+        """`name`, or `name:0` and so on where there is a count."""
+        name, count = values.get("name", ""), values.pop("count", None)
+        if count is None:
+            return [name]
+        if count * size > MAX_DEVICES:
+            self.fault(node, f"{key}.count", f"makes {count * size} devices; expected at most {MAX_DEVICES}")
+            return []
+        return [f"{name}:{k}" for k in range(count)]
+
+    def _device(self, node: yaml.Node, key: str) -> list[Device]:
+        return self._devices(node, key, {"host": self.text, "rack": self.text})
+
+    def _device_of_host(self, node: yaml.Node, key: str) -> list[Device]:
+        return self._devices(node, key, {})
+
+    def _devices(self, node: yaml.Node, key: str, more: Mapping[str, Read]) -> list[Device]:
         """A device, or `count` of them."""
-        texts, numbers = ("name", "api", "memory_pool", "description", "driver"), ("launch_s", "price_usd_h", "power_w")
-        readers: dict[str, Callable[[yaml.Node, str], Any]] = {
-            **dict.fromkeys(texts, self.text),
-            **dict.fromkeys(numbers, self.number),
-            **dict.fromkeys(("flops", "bandwidth"), self.positive),
-            "kind": self.kind,
-            "count": self.whole,
+        readers: dict[str, Read] = {
+            **dict.fromkeys(("name", "model", "api", "memory_pool", "description", "driver"), self.text),
+            "kind": self.one_of(*KINDS),
+            "count": self.count,
+            "dtype": self.one_of(*DTYPES),
             "memory_bytes": self.size,
-            "cores": self._list(self.whole),
+            "flops": self.quantity("FLOP/s", positive=True),
+            "bandwidth": self.quantity("bytes/s", positive=True),
+            "launch_s": self.quantity("seconds"),
+            "price_usd_h": self.quantity("USD/h"),
+            **dict.fromkeys(("power_w", "idle_power_w"), self.quantity("watts")),
+            "cores": self.list_of(self.whole),
             "provenance": self.texts,
+            **more,
         }
         before = len(self.faults)
-        values = self.mapping(node, key, readers)
-        for name in ("name", "kind", "api", "memory_bytes"):
-            if name not in values and len(self.faults) == before:
-                self.fault(node, f"{key}.{name}", "missing")
+        values = self.mapping(node, key, readers, needs=("name",))
+        names = self._numbered(node, key, values)
+        values = self._with_model(node, key, values)
         if len(self.faults) > before:
             return []
-        count = values.pop("count", None)
+        if missing := [name for name in ("kind", "api", "memory_bytes") if name not in values]:
+            self.fault(node, f"{key}.{missing[0]}", "missing; give it, or a model that the catalogue has it of")
+            return []
         device = Device(**values | {"cores": tuple(values.get("cores", ())), "simulated": True})
-        if count is None:
-            return [device]
-        return [dataclasses.replace(device, name=f"{device.name}:{k}") for k in range(count)]
+        return [dataclasses.replace(device, name=name) for name in names]
 
-    def link(self, node: yaml.Node, key: str) -> None:
+    def _with_model(self, node: yaml.Node, key: str, own: dict[str, Any]) -> dict[str, Any]:
+        """The catalogue's figures of a model, but for those that the file gives itself."""
+        model, dtype = own.pop("model", None), own.pop("dtype", None)
+        if model is None:
+            if dtype is not None:
+                self.fault(_value(node, "dtype"), f"{key}.dtype", "chooses among the peaks of a model; there is none")
+            return own
+        try:
+            figures = device_fields(model, None if "flops" in own else dtype or "fp32")
+        except CatalogueError as error:
+            self.fault(_value(node, error.key) or node, f"{key}.{error.key}", str(error))
+            return own
+        given = dict.fromkeys(own.keys() & figures["provenance"].keys(), "topology file")
+        return figures | own | {"provenance": figures["provenance"] | given | own.get("provenance", {})}
+
+    def _link(self, node: yaml.Node, key: str) -> None:
         """Note a link between two devices or patterns of devices, which are checked when all devices are known."""
-        readers: dict[str, Callable[[yaml.Node, str], Any]] = {
-            "source": self.text, "target": self.text, "latency_s": self.number, "bandwidth": self.positive,
-            "provenance": self.text,
-        }  # fmt: skip
+        readers: dict[str, Read] = {
+            **dict.fromkeys(("source", "target", "provenance", "shared"), self.text),
+            "latency_s": self.quantity("seconds"),
+            "bandwidth": self.quantity("bytes/s", positive=True),
+            "duplex": self.one_of("full", "half"),
+            "within": self.one_of("host", "rack"),
+        }
         before = len(self.faults)
-        values = self.mapping(node, key, readers)
-        for name in ("source", "target", "latency_s", "bandwidth"):
-            if name not in values and len(self.faults) == before:
-                self.fault(node, f"{key}.{name}", "missing")
+        values = self.mapping(node, key, readers, needs=("source", "target", "latency_s", "bandwidth"))
         if len(self.faults) == before:
-            self.links.append((node, key, Link(**values)))
+            self._links.append((node, key, Link(**values)))
 
-    def text(self, node: yaml.Node, key: str) -> str:
-        if isinstance(node, yaml.ScalarNode) and node.value:
-            return str(node.value)
-        self.fault(node, key, "expected a text")
-        return ""
+    def _check_names(self) -> None:
+        seen: set[str] = set()
+        for node, key, devices in self._entries:
+            names = [device.name for device in devices]
+            if twice := next((name for name, count in Counter(names).items() if count > 1 or name in seen), None):
+                self.fault(node, key, f"{twice!r} is listed twice; expected a name of its own for each device")
+            seen.update(names)
 
-    def texts(self, node: yaml.Node, key: str) -> dict[str, str]:
-        if isinstance(node, yaml.MappingNode):
-            return {str(name.value): self.text(value, f"{key}.{name.value}") for name, value in node.value}
-        self.fault(node, key, "expected field: source")
-        return {}
+    def _check_links(self, topology: Topology) -> None:
+        """Each link has to lead from some device to another."""
+        for node, key, link in self._links:
+            reached = [device for device in topology.devices if link.place(device) is not None]
+            if not reached:
+                self.fault(_value(node, "within"), f"{key}.within", f"no device is in a {link.within}")
+                continue
+            for end, pattern in (("source", link.source), ("target", link.target)):
+                if not any(fnmatchcase(device.name, pattern) for device in reached):
+                    names = ", ".join(device.name for device in reached[:_LISTED])
+                    self.fault(_value(node, end), f"{key}.{end}", f"{pattern!r} matches no device; there are {names}")
 
-    def kind(self, node: yaml.Node, key: str) -> str:
-        value = self.text(node, key)
-        if value and value not in _KINDS:
-            self.fault(node, key, f"{value!r}; expected {' or '.join(_KINDS)}")
-        return value
-
-    def number(self, node: yaml.Node, key: str) -> float:
-        """Not negative; `1e9`, which YAML 1.1 takes for a text, is a number here."""
-        try:
-            value = float(node.value) if isinstance(node, yaml.ScalarNode) else math.nan
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < math.inf:
-            self.fault(node, key, f"{_shown(node)}; expected a number, not negative")
-        return value
-
-    def positive(self, node: yaml.Node, key: str) -> float:
-        before = len(self.faults)
-        value = self.number(node, key)
-        if value == 0 and len(self.faults) == before:
-            self.fault(node, key, "0; expected more")
-        return value
-
-    def whole(self, node: yaml.Node, key: str) -> int:
-        if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\d+", str(node.value)):
-            return int(node.value)
-        self.fault(node, key, f"{_shown(node)}; expected a whole number")
-        return 0
-
-    def size(self, node: yaml.Node, key: str) -> int:
-        """Bytes: `85899345920`, `8e10` or `80 GiB`."""
-        match = re.fullmatch(r"([\d.]+(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", str(node.value))
-        unit = _UNITS.get(match[2].upper()) if match else None
-        try:
-            return round(float(match[1]) * unit) if match and unit else self._no_size(node, key)
-        except (ValueError, OverflowError):
-            return self._no_size(node, key)
-
-    def _no_size(self, node: yaml.Node, key: str) -> int:
-        self.fault(node, key, f"{_shown(node)}; expected bytes, such as 80 GiB")
-        return 0
+    def _check_connected(self, topology: Topology, node: yaml.Node | None) -> None:
+        if not self.faults and len(parts := topology.components()) > 1:
+            texts = " | ".join(_listed(part) for part in parts[:_LISTED])
+            more = f" | {len(parts) - _LISTED} more" if len(parts) > _LISTED else ""
+            self.fault(node, "links", f"nothing joins these parts of the topology: {texts}{more}")
 
 
-def _shown(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+def _in_host(device: Device, host: str) -> Device:
+    pool = f"{host}/{device.memory_pool}" if device.memory_pool else ""
+    return dataclasses.replace(device, name=f"{host}/{device.name}", host=host, memory_pool=pool)
+
+
+def _in_rack(device: Device, rack: str) -> Device:
+    pool = f"{rack}/{device.memory_pool}" if device.memory_pool else ""
+    host = f"{rack}/{device.host}"
+    return dataclasses.replace(device, name=f"{rack}/{device.name}", host=host, rack=rack, memory_pool=pool)
+
+
+def _own_cores(devices: Sequence[Device]) -> list[Device]:
+    """The devices with core numbers that no two hosts share: plans add up the loads of devices on one core."""
+    numbers: dict[tuple[str, int], int] = {}
+    if len({device.host for device in devices if device.cores}) < 2:
+        return list(devices)
+    return [
+        dataclasses.replace(
+            device, cores=tuple(numbers.setdefault((device.host, core), len(numbers)) for core in device.cores)
+        )
+        if device.cores
+        else device
+        for device in devices
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    """The value of a key in a mapping; the node itself where it has none."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for name, value in pairs if name.value == key), node)
