@@ -1,16 +1,25 @@
 """When each stage works on each micro-batch: a discrete-event simulation of a pipeline's step.
 
-The step modelled is the one that `hetero.runtime` runs. Every device has one thread, which does its work in a fixed
-order and waits for what isn't there yet. `gpipe`: all forward passes, stage by stage and micro-batch by micro-batch,
-then all backward passes, the last stage first. `1f1b`: after a warm-up one forward and one backward pass in turn, for
-devices of one stage each. A transfer delays the hand-over and occupies nobody. Threads whose devices share a core
-share its time evenly, as the operating system's scheduler makes them.
+The step modelled is the one that `hetero.runtime` runs. Every device does its work in a fixed order (`work_order`) and
+waits for what isn't there yet. `gpipe`: all forward passes, stage by stage and micro-batch by micro-batch, then all
+backward passes, the last stage first. `1f1b`: after a warm-up one forward and one backward pass in turn, for devices of
+one stage each. Devices that share a core share its time evenly, as the operating system's scheduler makes them.
 
-Relation to the planner's formula, Σf + (m-1) max f + Σb + (m-1) max b + 2 Σc for `gpipe`:
+A transfer delays the hand-over. What else it does is up to the caller:
+
+- `overlap=True`: it occupies nobody, as a copy engine's copy does.
+- `overlap=False`: its sender does nothing else until it has arrived, as with a copy in an in-order command queue behind
+  the kernel that made the data (OpenCL 1.2 specification, section 3.2.1). The receiver goes on with its own work, and
+  the sender's cores are free for others.
+- `take_turns=True`: a link carries one transfer at a time in each direction (full duplex) or in both together (half
+  duplex), and links of one shared medium count as one; first ready, first sent.
+
+How the simulation relates to the planner's formula of a GPipe step, Σf + (m-1) max f + Σb + (m-1) max b + 2 Σc:
 
 - Where every stage has a device and cores of its own, simulation and formula are equal but for rounding. (A flow shop
   with one order of jobs and machine times that don't depend on the job: the slowest machine, once reached, is never
-  idle.)
+  idle.) A link that takes turns is one more machine, so with wires of their own the maxima are over f and c, and over b
+  and c. A blocking transfer lengthens its sender's work: the maxima are over f + c, and over b + c.
 - Where stages share a device or cores, the formula adds their loads up: it is the time of the pipeline in which they
   are one machine. It is exact where the sharing stages are neighbours and each micro-batch passes them in one go. The
   even sharing simulated here can be slower (a micro-batch that is nearly done yields half the core to the next one, so
@@ -18,24 +27,46 @@ Relation to the planner's formula, Σf + (m-1) max f + Σb + (m-1) max b + 2 Σc
   the formula counts their time as well). Over 1,600 random pipelines of 2 to 5 stages with two on one core, simulation
   over formula was 0.89 to 1.07 for neighbours (median 1.00) and 0.78 to 1.04 for stages apart (median 0.97). What
   holds always: not below the busiest core's work, not above the time without any overlap.
+
+1F1B has no such formula: `step_time` is its price.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from math import inf
-from typing import TYPE_CHECKING
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from hetero.errors import PlacementError
+import numpy as np
+
+from hetero.errors import DeviceError, PlacementError
+from hetero.schedule_clock import Floats, Ints, play
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from hetero.planner.plan import Plan, PlanStage
+    from numpy.typing import NDArray
+
+    from hetero.planner.plans import Plan, PlanStage
     from hetero.topology import Topology
 
 FORWARD, BACKWARD, TRANSFER = "forward", "backward", "transfer"
-_Work = tuple[int, str, int]  # stage, phase, micro-batch
+GPIPE, ONE_F_ONE_B = "gpipe", "1f1b"
+SCHEDULES = (GPIPE, ONE_F_ONE_B)
+
+
+class Work(NamedTuple):
+    """One pass of a stage for one micro-batch.
+
+    Attributes:
+        stage: index of the stage.
+        phase: `forward` or `backward`.
+        microbatch: index of the micro-batch.
+    """
+
+    stage: int
+    phase: str
+    microbatch: int
 
 
 @dataclass(frozen=True)
@@ -64,35 +95,54 @@ class Schedule:
     """The events of one step.
 
     Attributes:
-        events: ordered by their start.
-        makespan_s: end of the last one [s].
+        events: ordered by start, then by end.
+        makespan_s: end of the last pass [s].
         in_flight: for each stage, the most micro-batches whose activations it holds at once.
+        peak_bytes: likewise in bytes: `in_flight` times what the stage keeps of one micro-batch for its backward pass.
     """
 
     events: tuple[Event, ...]
     makespan_s: float
     in_flight: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
 
 
-def simulate(plan: Plan, topology: Topology | None = None, *, schedule: str | None = None) -> Schedule:
+def simulate(
+    plan: Plan,
+    topology: Topology | None = None,
+    *,
+    schedule: str | None = None,
+    overlap: bool = True,
+    take_turns: bool = False,
+) -> Schedule:
     """The predicted schedule of one step of a plan.
 
     Args:
         plan: its stages may also share devices.
         topology: says which devices share cores; None: those of the plan do, for which it was priced.
-        schedule: `gpipe` or `1f1b`; None: the plan's. Objectives other than `train_step` have forward passes only, and
+        schedule: `gpipe` or `1f1b`; None: the plan's. `throughput` and `latency` have forward passes only, and
             `latency` has one micro-batch.
+        overlap: whether a device goes on with its work while what it sends is under way.
+        take_turns: whether a link carries one transfer at a time; its duplex and the medium it shares are the
+            topology's, which has to be given.
 
     Returns:
         Events in seconds from the start of the step.
+
+    Raises:
+        PlacementError: `1f1b` for a device that holds several stages; `take_turns` without a topology.
     """
+    if take_turns and topology is None:
+        raise PlacementError("whose turn it is on a link depends on the links", remedy="give the topology")
     return simulate_stages(
         plan.stages,
         [transfer.seconds for transfer in plan.transfers],
         {s.device: s.cores if topology is None else topology.device(s.device).cores for s in plan.stages},
         1 if plan.objective == "latency" else plan.n_microbatches,
         schedule=schedule or plan.schedule,
-        backward=plan.objective == "train_step",
+        backward=plan.objective not in ("latency", "throughput"),
+        overlap=overlap,
+        channels=_channels(plan, topology) if take_turns and topology else None,
     )
 
 
@@ -102,145 +152,231 @@ def simulate_stages(
     cores: Mapping[str, tuple[int, ...]],
     n_microbatches: int,
     *,
-    schedule: str = "gpipe",
+    schedule: str = GPIPE,
     backward: bool = True,
+    overlap: bool = True,
+    channels: Sequence[tuple[str, str]] | None = None,
 ) -> Schedule:
     """The schedule of a chain of stages.
 
     Args:
-        stages: device and times [s] of each; nothing else is read.
+        stages: device, times [s] and saved bytes of each; nothing else is read.
         transfers: time of the hand-over after each stage but the last [s]; the gradient's way back takes as long.
         cores: device -> cores it computes on; none: the device shares nothing.
         n_microbatches: of the step.
         schedule: `gpipe` or `1f1b`.
         backward: whether there are backward passes.
+        overlap: as for `simulate`.
+        channels: names of the media that carry each hand-over's activations and its gradients; a medium carries one
+            transfer at a time. None: no transfer waits for another.
+
+    Raises:
+        PlacementError: `1f1b` for a device that holds several stages.
     """
-    held = {device: [k for k, s in enumerate(stages) if s.device == device] for device in (s.device for s in stages)}
-    if schedule == "1f1b":
-        if len(held) < len(stages):
-            raise PlacementError("1f1b has no order for a device that holds several stages", remedy="use gpipe")
-        queues = {name: _one_forward_one_backward(own[0], len(stages), n_microbatches) for name, own in held.items()}
-    else:
-        queues = {name: _gpipe(own, n_microbatches) for name, own in held.items()}
-    if not backward:
-        queues = {name: [work for work in queue if work[1] == FORWARD] for name, queue in queues.items()}
-    simulation = _Simulation(stages, transfers, cores, queues)
-    simulation.run()
-    events = tuple(sorted(simulation.events, key=lambda event: (event.start_s, event.stage, event.microbatch)))
-    makespan = max((event.end_s for event in events), default=0.0)
-    return Schedule(events, makespan, tuple(_in_flight(events, s) for s in range(len(stages))))
+    devices = [stage.device for stage in stages]
+    names = list(dict.fromkeys(devices))
+    times = np.array([[s.forward_s for s in stages], [s.backward_s for s in stages]], float)
+    numbers = np.full((2, len(stages) - 1), -1) if channels is None else _numbers(channels)
+    start, end, sent = play(
+        *_queues(tuple(map(names.index, devices)), n_microbatches, schedule, backward),
+        times,
+        np.array(transfers, float),
+        numbers,
+        _core_table([tuple(cores.get(name, ())) for name in names]),
+        n_microbatches,
+        not overlap,
+    )
+    events = sorted(_events(devices, n_microbatches, start, end, sent), key=_moment)
+    in_flight = _in_flight(work_order(devices, n_microbatches, schedule=schedule, backward=backward), len(stages))
+    peaks = tuple(n * stage.saved_bytes for n, stage in zip(in_flight, stages, strict=True))
+    return Schedule(tuple(events), float(np.nanmax(end)), in_flight, peaks)
 
 
-def _gpipe(stages: Sequence[int], m: int) -> list[_Work]:
-    """Order of a device's work: all forward passes of its stages, then all backward passes from the last one on."""
-    queue = [(s, FORWARD, k) for s in stages for k in range(m)]
-    return queue + [(s, BACKWARD, k) for s in reversed(stages) for k in range(m)]
+def step_time(
+    forward: Sequence[float] | Floats,
+    backward: Sequence[float] | Floats,
+    transfers: Sequence[float] | Floats,
+    n_microbatches: int,
+    *,
+    schedule: str = ONE_F_ONE_B,
+    cores: Sequence[tuple[int, ...]] = (),
+    overlap: bool = True,
+) -> float:
+    """Time of a step whose stages have a device each, without the events: what a solver calls often.
+
+    Args:
+        forward: (K,) of one micro-batch in each stage [s].
+        backward: (K,) likewise.
+        transfers: (K - 1,) of a hand-over [s].
+        n_microbatches: of the step.
+        schedule: `gpipe` or `1f1b`.
+        cores: of each stage's device; empty: none is shared.
+        overlap: as for `simulate`.
+
+    Returns:
+        Seconds; equal to `simulate_stages(...).makespan_s`.
+    """
+    n = len(forward)
+    order, first = _queues(tuple(range(n)), n_microbatches, schedule, True)
+    _, end, _ = play(
+        order,
+        first,
+        np.array([forward, backward], float),
+        np.asarray(transfers, float),
+        np.full((2, n - 1), -1),
+        _core_table(cores or [()] * n),
+        n_microbatches,
+        not overlap,
+    )
+    return float(end.max())
 
 
-def _one_forward_one_backward(stage: int, n_stages: int, m: int) -> list[_Work]:
-    """Order of a stage's work: source: Narayanan et al., "PipeDream", SOSP 2019, section 3.2."""
+def work_order(
+    devices: Sequence[str], n_microbatches: int, *, schedule: str = GPIPE, backward: bool = True
+) -> dict[str, list[Work]]:
+    """What each device does, in its order.
+
+    Args:
+        devices: of each stage, in execution order.
+        n_microbatches: of a step.
+        schedule: `gpipe` or `1f1b`.
+        backward: whether there are backward passes.
+
+    Raises:
+        PlacementError: an unknown schedule; `1f1b` for a device that holds several stages.
+    """
+    held: dict[str, list[int]] = {}
+    for stage, device in enumerate(devices):
+        held.setdefault(device, []).append(stage)
+    if schedule not in SCHEDULES:
+        raise PlacementError(f"unknown schedule {schedule!r}", expected=" or ".join(SCHEDULES))
+    if schedule == GPIPE or not backward:
+        return {device: list(_gpipe(own, n_microbatches, backward)) for device, own in held.items()}
+    if len(held) < len(devices):
+        twice = next(device for device, own in held.items() if len(own) > 1)
+        raise PlacementError(f"1f1b has no order for {twice!r}, which holds several stages", remedy="use gpipe")
+    return {
+        device: list(_one_forward_one_backward(own[0], len(devices), n_microbatches)) for device, own in held.items()
+    }
+
+
+def _gpipe(stages: Sequence[int], m: int, backward: bool) -> Iterator[Work]:
+    """All forward passes of a device's stages, then all backward passes from the last stage on.
+
+    Source: Huang et al., "GPipe", NeurIPS 2019, section 2.2.
+    """
+    yield from (Work(s, FORWARD, k) for s in stages for k in range(m))
+    if backward:
+        yield from (Work(s, BACKWARD, k) for s in reversed(stages) for k in range(m))
+
+
+def _one_forward_one_backward(stage: int, n_stages: int, m: int) -> Iterator[Work]:
+    """The later the stage the fewer forward passes before its first backward pass.
+
+    Source: Narayanan et al., "PipeDream", SOSP 2019, section 3.2; with a flush at the end of the step, as in Narayanan
+    et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC 2021, section 2.2.1.
+    """
     warm_up = min(m, n_stages - 1 - stage)
-    queue = [(stage, FORWARD, k) for k in range(warm_up)]
+    yield from (Work(stage, FORWARD, k) for k in range(warm_up))
     for k in range(m - warm_up):
-        queue += [(stage, FORWARD, warm_up + k), (stage, BACKWARD, k)]
-    return queue + [(stage, BACKWARD, k) for k in range(m - warm_up, m)]
+        yield Work(stage, FORWARD, warm_up + k)
+        yield Work(stage, BACKWARD, k)
+    yield from (Work(stage, BACKWARD, k) for k in range(m - warm_up, m))
 
 
-def _in_flight(events: Sequence[Event], stage: int) -> int:
-    """Most micro-batches between the start of their forward and the end of their backward pass."""
-    changes = [(e.start_s, 1) for e in events if e.stage == stage and e.phase == FORWARD]
-    changes += [(e.end_s, -1) for e in events if e.stage == stage and e.phase == BACKWARD]
-    level = peak = 0
-    for _, change in sorted(changes):
-        level += change
-        peak = max(peak, level)
-    return peak
+def held_over_time(events: Sequence[Event], n_stages: int) -> list[list[tuple[float, int]]]:
+    """How many micro-batches' activations each stage holds: from the start of the forward to the end of the backward.
+
+    Args:
+        events: predicted or measured.
+        n_stages: of the pipeline.
+
+    Returns:
+        For each stage the changes, as (time [s], number held from then on). Without backward passes nothing is held.
+    """
+    changes: list[list[tuple[float, int]]] = [[] for _ in range(n_stages)]
+    kept = {(e.stage, e.microbatch) for e in events if e.phase == BACKWARD}
+    for event in sorted(events, key=_moment):  # a stage does one thing at a time, so this is the order of the changes
+        if event.phase == FORWARD and (event.stage, event.microbatch) in kept:
+            changes[event.stage].append((event.start_s, 1))
+        elif event.phase == BACKWARD:
+            changes[event.stage].append((event.end_s, -1))
+    curves = []
+    for stage in changes:
+        level, curve = 0, []
+        for when, change in stage:
+            level += change
+            curve.append((when, level))
+        curves.append(curve)
+    return curves
 
 
-@dataclass
-class _Running:
-    stage: int
-    phase: str
-    microbatch: int
-    start: float
-    since: float
-    left: float
-    rate: float = 0.0
-
-    @property
-    def end(self) -> float:
-        return self.since + self.left / self.rate
+def _moment(event: Event) -> tuple[float, float, int, int]:
+    return event.start_s, event.end_s, event.stage, event.microbatch
 
 
-@dataclass
-class _Simulation:
-    """State of the clock: what runs on each device, and when the inputs of waiting work arrive."""
+def _in_flight(order: Mapping[str, Sequence[Work]], n_stages: int) -> tuple[int, ...]:
+    """Most micro-batches that a stage holds; its device does one thing at a time, so the order alone decides."""
+    level, peak = [0] * n_stages, [0] * n_stages
+    for work in (work for queue in order.values() if any(w.phase == BACKWARD for w in queue) for work in queue):
+        level[work.stage] += 1 if work.phase == FORWARD else -1
+        peak[work.stage] = max(peak[work.stage], level[work.stage])
+    return tuple(peak)
 
-    stages: Sequence[PlanStage]
-    transfers: Sequence[float]
-    cores: Mapping[str, tuple[int, ...]]
-    queues: Mapping[str, list[_Work]]
-    now: float = 0.0
-    events: list[Event] = field(default_factory=list)
-    running: dict[str, _Running] = field(default_factory=dict)
-    arrival: dict[_Work, float] = field(default_factory=dict)
 
-    def run(self) -> None:
-        self.arrival = {work: 0.0 for queue in self.queues.values() for work in queue if work[:2] == (0, FORWARD)}
-        while True:
-            while self._start():
-                pass
-            ends = [work.end for work in self.running.values()]
-            waiting = [self.arrival[queue[0]] for queue in self._waiting().values() if queue[0] in self.arrival]
-            if not ends and not waiting:
-                break
-            self.now = min(ends + waiting)
-            for device, work in list(self.running.items()):
-                if work.end <= self.now:
-                    self._finish(device, work)
+@functools.lru_cache(maxsize=256)
+def _queues(devices: tuple[int, ...], m: int, schedule: str, backward: bool) -> tuple[Ints, Ints]:
+    """`work_order` as arrays, numbered as `hetero.schedule_clock` says; devices by number, in order of appearance."""
+    queues = work_order([str(d) for d in devices], m, schedule=schedule, backward=backward).values()
+    numbers = [[((w.phase == BACKWARD) * len(devices) + w.stage) * m + w.microbatch for w in queue] for queue in queues]
+    first = np.cumsum([0, *map(len, numbers)])
+    return np.array([n for queue in numbers for n in queue], np.int64), first.astype(np.int64)
 
-    def _waiting(self) -> dict[str, list[_Work]]:
-        """What idle devices have to do next."""
-        return {device: queue for device, queue in self.queues.items() if queue and device not in self.running}
 
-    def _start(self) -> bool:
-        """Start what is ready on idle devices; whether there was anything."""
-        ready = {
-            device: queue for device, queue in self._waiting().items() if self.arrival.get(queue[0], inf) <= self.now
-        }
-        for device, queue in ready.items():
-            stage, phase, microbatch = queue.pop(0)
-            seconds = self.stages[stage].forward_s if phase == FORWARD else self.stages[stage].backward_s
-            self.running[device] = _Running(stage, phase, microbatch, self.now, self.now, seconds)
-        if ready:
-            self._share()
-        return bool(ready)
+def _core_table(cores: Sequence[tuple[int, ...]]) -> NDArray[np.bool_]:
+    """(D, C) which device computes on which of the cores that several devices compute on."""
+    shared = sorted({core for a, own in enumerate(cores) for core in own if any(core in o for o in cores[:a])})
+    return np.array([[core in own for core in shared] for own in cores], bool).reshape(len(cores), len(shared))
 
-    def _finish(self, device: str, work: _Running) -> None:
-        end = work.end
-        del self.running[device]
-        self.events.append(Event(device, work.stage, work.microbatch, work.phase, work.start, end))
-        step = 1 if work.phase == FORWARD else -1
-        target = work.stage + step
-        if target == len(self.stages):
-            self.arrival[work.stage, BACKWARD, work.microbatch] = end
-        elif target >= 0:
-            delay = self.transfers[min(work.stage, target)]
-            self.arrival[target, work.phase, work.microbatch] = end + delay
-            if delay:
-                name = f"{device}->{self.stages[target].device}"
-                self.events.append(Event(name, work.stage, work.microbatch, TRANSFER, end, end + delay))
-        self._share()
 
-    def _share(self) -> None:
-        """Divide each core evenly among the devices at work on it; a device is as slow as its most crowded core."""
-        crowd: dict[int, int] = {}
-        for device in self.running:
-            for core in self.cores.get(device, ()):
-                crowd[core] = crowd.get(core, 0) + 1
-        for device, work in self.running.items():
-            rate = 1.0 / max((crowd[core] for core in self.cores.get(device, ())), default=1)
-            if rate != work.rate:
-                if work.rate:
-                    work.left = max(0.0, work.left - (self.now - work.since) * work.rate)
-                work.since, work.rate = self.now, rate
+def _events(devices: Sequence[str], m: int, start: Floats, end: Floats, sent: Floats) -> Iterator[Event]:
+    n = len(devices)
+    for w in np.flatnonzero(np.isfinite(end)).tolist():
+        stage, microbatch = w // m % n, w % m
+        phase = FORWARD if w < n * m else BACKWARD
+        yield Event(devices[stage], stage, microbatch, phase, float(start[w]), float(end[w]))
+        if np.isfinite(sent[w, 0]):
+            target = devices[stage + (1 if phase == FORWARD else -1)]
+            yield Event(
+                f"{devices[stage]}->{target}", stage, microbatch, TRANSFER, float(sent[w, 0]), float(sent[w, 1])
+            )
+
+
+def _channels(plan: Plan, topology: Topology) -> list[tuple[str, str]]:
+    """What carries each hand-over's activations and gradients, for `simulate_stages`.
+
+    In half duplex both directions have one name. A pair whose times were given without a link has a full-duplex wire of
+    its own.
+    """
+    return [
+        (_channel(topology, one.source, one.target), _channel(topology, one.target, one.source))
+        for one in plan.transfers
+    ]
+
+
+def _channel(topology: Topology, source: str, target: str) -> str:
+    ends = " - ".join(sorted((source, target)))
+    try:
+        link = topology.link(source, target)
+    except DeviceError:
+        return f"{ends}, to {target}"
+    if link.duplex == "half":
+        return link.shared or ends
+    # The directions of a shared medium are those of its link as written, e.g. away from `cpu` in `cpu - cuda:*`.
+    return f"{link.shared}, {link.joins(source, target)}" if link.shared else f"{ends}, to {target}"
+
+
+def _numbers(channels: Sequence[tuple[str, str]]) -> Ints:
+    """(2, K - 1) of the media of activations and of gradients."""
+    media = {name: i for i, name in enumerate(dict.fromkeys(name for pair in channels for name in pair))}
+    return np.array([[media[pair[way]] for pair in channels] for way in (0, 1)], np.int64).reshape(2, -1)

@@ -6,13 +6,15 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from hetero.errors import PlacementError
-from hetero.planner.chain import Solution, solve
-from hetero.planner.evaluate import Evaluation, evaluate
-from hetero.planner.words import seconds
+from hetero.planner.chain import solve
+from hetero.planner.plans import unit
+from hetero.planner.pricing import Evaluation, evaluate
+from hetero.planner.words import amount
 
 if TYPE_CHECKING:
     from hetero.cost import Costs
     from hetero.planner.problem import Problem
+    from hetero.planner.solution import Solution
     from hetero.topology import Topology
 
 _FASTER = 0.9
@@ -31,10 +33,10 @@ def binding_constraint(
 
     A memory limit, where the optimum without any would be faster; otherwise the busiest core, or the slowest hand-over.
     """
-    return _memory(problem, solution, time_limit_s) or _core(problem, evaluation, costs, topology)
+    return _memory(problem, solution, evaluation, time_limit_s) or _core(problem, evaluation, costs, topology)
 
 
-def _memory(problem: Problem, solution: Solution, time_limit_s: float) -> str:
+def _memory(problem: Problem, solution: Solution, evaluation: Evaluation, time_limit_s: float) -> str:
     total = int(problem.nbytes.max(axis=1).sum())
     if total <= min([int(problem.limits.min()), *(pool.limit for pool in problem.pools)]):
         return ""
@@ -45,16 +47,19 @@ def _memory(problem: Problem, solution: Solution, time_limit_s: float) -> str:
     if boundless.value >= solution.value * (1 - 1e-9):
         return ""
     filled = dict.fromkeys(range(len(problem.devices)), 0)
-    for device, first, last in solution.stages:
-        d = problem.devices.index(device)
-        filled[d] += int(problem.nbytes[first : last + 1, d].sum())
+    for stage in evaluation.stages:
+        filled[problem.devices.index(stage.device)] += stage.memory_bytes
     places = [(problem.devices[d], filled[d], int(problem.limits[d])) for d in filled if filled[d]]
     places += [(f"pool {p.name}", sum(filled[d] for d in p.members), p.limit) for p in problem.pools]
     name, used, limit = max(places, key=lambda place: place[1] / max(place[2], 1))
     return (
         f"memory: {name} is the fullest, with {used} of {limit} B; with boundless memory the best plan would take "
-        f"{seconds(boundless.value)} instead of {seconds(solution.value)}"
+        f"{_amount(problem, boundless.value)} instead of {_amount(problem, solution.value)}"
     )
+
+
+def _amount(problem: Problem, value: float) -> str:
+    return amount(value, unit(problem.objective))
 
 
 def _core(problem: Problem, evaluation: Evaluation, costs: Costs, topology: Topology) -> str:
@@ -73,14 +78,18 @@ def _core(problem: Problem, evaluation: Evaluation, costs: Costs, topology: Topo
 
 def _relief(crew: list[str], evaluation: Evaluation, costs: Costs, topology: Topology, problem: Problem) -> str:
     stages = [(stage.device, stage.first, stage.last) for stage in evaluation.stages]
-    faster = evaluate(stages, _scaled(costs, crew), topology, problem.objective).value
-    text = f"; with its layers 10 % faster this placement would take {seconds(faster)}"
+    again = [name for stage in evaluation.stages for name in stage.recomputed]
+
+    def price(costs: Costs, topology: Topology) -> str:
+        schedule = problem.schedule
+        priced = evaluate(stages, costs, topology, problem.objective, recomputed=again, schedule=schedule)
+        return _amount(problem, priced.value)
+
+    text = f"; with its layers 10 % faster this placement would take {price(_scaled(costs, crew), topology)}"
     if len(crew) > 1:
-        apart = dataclasses.replace(
-            topology, devices=tuple(dataclasses.replace(device, cores=()) for device in topology.devices)
-        )
-        text += f", with cores of their own {seconds(evaluate(stages, costs, apart, problem.objective).value)}"
-    return text + f" instead of {seconds(evaluation.value)}"
+        apart = tuple(dataclasses.replace(device, cores=()) for device in topology.devices)
+        text += f", with cores of their own {price(costs, dataclasses.replace(topology, devices=apart))}"
+    return text + f" instead of {_amount(problem, evaluation.value)}"
 
 
 def _scaled(costs: Costs, devices: list[str]) -> Costs:

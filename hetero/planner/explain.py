@@ -4,35 +4,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hetero.planner.plan import CHAIN, NOT_PRICED
-from hetero.planner.words import nbytes, seconds
-from hetero.schedule import BACKWARD, FORWARD, Schedule, simulate
+from hetero.planner.plans import CHAIN, unit
+from hetero.planner.sensitivity_text import sensitivity_text
+from hetero.planner.words import against, amount, nbytes, placement, seconds, table
+from hetero.schedule import BACKWARD, FORWARD, GPIPE, ONE_F_ONE_B, Schedule, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hetero.planner.plan import Alternative, Plan
+    from hetero.planner.plans import Alternative, Plan
+    from hetero.planner.sensitivity import Sensitivity
     from hetero.topology import Topology
 
 _OBJECTIVES = {
     "latency": "time of one micro-batch, forwards through all stages",
     "throughput": "time from one micro-batch to the next, forwards",
     "train_step": "forward and backward of a step",
+    "energy": "energy of a step, forward and backward",
+    "dollars": "price of a step, forward and backward",
 }
 _PROOFS = {
-    "optimal": "optimal under the step-time formula",
-    "bounded": "bounded under the step-time formula: the search ran out of time",
+    "optimal": "optimal under {}",
+    "bounded": "bounded under {}: the search ran out of time",
     "heuristic": "heuristic: the placement was given, not searched for, and has no bound",
 }
+_PRICES = {GPIPE: "the step-time formula", ONE_F_ONE_B: "the simulated schedule"}
 
 
-def explain(plan: Plan) -> str:
-    """The plan in words: value, bound, gap, proof, binding constraint and what the alternatives would cost."""
+def explain(plan: Plan, sensitivity: Sensitivity | None = None) -> str:
+    """The plan in words: value, bound, gap, proof, binding constraint and what the alternatives would cost.
+
+    Args:
+        plan: to be explained.
+        sensitivity: of `hetero.planner.sensitivity`: also what one more GiB, GB/s or device would bring, and what each
+            layer would cost elsewhere.
+    """
     low, high = plan.interval_s
+    proof = _PROOFS[plan.proof].format(_PRICES[plan.schedule])
     lines = [
         f"{_OBJECTIVES[plan.objective]}, {plan.n_microbatches} micro-batches, {plan.schedule}",
-        f"  predicted    {seconds(plan.value)}  (expected within {seconds(low)} to {seconds(high)})",
-        f"  lower bound  {seconds(plan.lower_bound)}, gap {100 * plan.gap:.2f} %: {_PROOFS[plan.proof]}",
+        f"  predicted    {_amount(plan, plan.value)}  (expected within {_amount(plan, low)} to {_amount(plan, high)}, "
+        f"from {plan.interval_basis})",
+        f"  lower bound  {_amount(plan, plan.lower_bound)}, gap {100 * plan.gap:.2f} %: {proof}",
         *(f"  schedule     {text}" for text in _difference(plan, simulate(plan))),
         f"  solver       {plan.solver}, {seconds(plan.seconds)}",
         f"  binding      {plan.binding_constraint}",
@@ -41,6 +54,8 @@ def explain(plan: Plan) -> str:
     ]
     if plan.alternatives:
         lines += ["", *_alternative_table(plan), *_faster_alternatives(plan)]
+    if sensitivity is not None:
+        lines += ["", *sensitivity_text(plan, sensitivity)]
     return "\n".join(lines)
 
 
@@ -55,26 +70,33 @@ def draw(plan: Plan, topology: Topology | None = None, *, width: int = 72) -> st
     return "\n".join([*_chain(plan, width), "", *_gantt(plan, topology, width)])
 
 
+def _amount(plan: Plan, value: float) -> str:
+    return amount(value, unit(plan.objective))
+
+
 def _stage_table(plan: Plan) -> list[str]:
     m = 1 if plan.objective == "latency" else plan.n_microbatches
+    is_forward = plan.objective in ("latency", "throughput")
+    whole = m * plan.value if plan.objective == "throughput" else simulate(plan).makespan_s
     rows = [["stage", "device", "layers", "forward", "backward", "+-", "busy", "memory"]]
     for k, stage in enumerate(plan.stages):
-        work = stage.forward_s + (stage.backward_s if plan.objective == "train_step" else 0.0)
-        whole = plan.value if plan.objective != "throughput" else plan.value * m
+        work = stage.forward_s + (0.0 if is_forward else stage.backward_s)
         busy = f"{100 * m * work / whole:.0f} %" if whole else "-"
         times = [seconds(stage.forward_s), seconds(stage.backward_s), f"{100 * stage.error:.0f} %"]
         rows.append([str(k), stage.device, _span(stage.layers), *times, busy, nbytes(stage.memory_bytes)])
-    return _table(rows)
+    return table(rows)
 
 
 def _alternative_table(plan: Plan) -> list[str]:
     rows = [["alternative", "value", "against the plan", "placement"]]
     for other in plan.alternatives:
         if other.value is None:
-            rows.append([other.name, "-", "-" if other.reason == NOT_PRICED else "not possible", other.reason])
+            status = "-" if other.reason.startswith("not priced") else "not possible"
+            rows.append([other.name, "-", status, other.reason])
         else:
-            rows.append([other.name, seconds(other.value), _against(other.value, plan.value), _placement(other)])
-    return _table(rows)
+            figures = [_amount(plan, other.value), against(other.value, plan.value)]
+            rows.append([other.name, *figures, placement(other.stages)])
+    return table(rows)
 
 
 def _faster_alternatives(plan: Plan) -> list[str]:
@@ -93,8 +115,10 @@ def _why_unseen(plan: Plan, other: Alternative) -> str:
 def _difference(plan: Plan, schedule: Schedule) -> list[str]:
     """A line where the formula, which the planner optimises, and the simulated step differ."""
     simulated = schedule.makespan_s
-    if plan.objective == "throughput" or abs(simulated - plan.value) <= 1e-6 * plan.value:
-        return []  # throughput is the time between two micro-batches, not that of a schedule
+    # The other objectives are not the time of a schedule, and that of 1f1b is the simulated one.
+    is_formula = plan.objective in ("latency", "train_step") and plan.schedule == GPIPE
+    if not is_formula or abs(simulated - plan.value) <= 1e-3 * plan.value:
+        return []
     how = "better" if simulated < plan.value else "worse"
     return [
         f"formula {seconds(plan.value)}; simulated schedule {seconds(simulated)}: "
@@ -102,27 +126,8 @@ def _difference(plan: Plan, schedule: Schedule) -> list[str]:
     ]
 
 
-def _against(value: float, best: float) -> str:
-    """How much slower an alternative is; several times as slow as a factor."""
-    if not best:
-        return "-"
-    ratio = value / best
-    return f"{ratio:.2f} x" if ratio >= 2 else f"{100 * (ratio - 1):+.1f} %"
-
-
-def _placement(other: Alternative) -> str:
-    return ", ".join(
-        f"{device} {first}-{last}" if last > first else f"{device} {first}" for device, first, last in other.stages
-    )
-
-
 def _span(layers: Sequence[str]) -> str:
     return layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]} ({len(layers)})"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _chain(plan: Plan, width: int) -> list[str]:
