@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import math
-import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import hetero
 import lm
-from experiments import arms, planning
+from experiments import planning
+from hetero.runtime.turns import Arrangement, measure_in_turn, placed_copies, quartiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import hetero
     from experiments.planning import Setting
-
-TURN = 5  # steps of one placement after another; the first finds the caches as the placement before left them
-
-Stages = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -61,17 +53,20 @@ def step_times(setting: Setting, arm: str, plan: hetero.Plan) -> list[StepTime]:
         The plan first, then its alternatives in their order.
     """
     steps = setting.config.plan.alternative_steps
-    predicted: list[tuple[str, Stages, float | None, str]] = [("plan", planning.stages_of(plan), plan.value, "")]
-    predicted += [(other.name, other.stages, other.value, other.reason) for other in plan.alternatives]
-    wanted = {tuple(stages): None for name, stages, _, _ in predicted if stages and is_measured(name)}
-    found = _interleaved(setting, arm, list(wanted), plan.n_microbatches, steps) if steps else {}
+    of_plan = Arrangement(planning.stages_of(plan), plan.recomputed)
+    predicted: list[tuple[str, Arrangement, float | None, str]] = [("plan", of_plan, plan.value, "")]
+    for other in plan.alternatives:
+        predicted.append((other.name, Arrangement(other.stages, other.recomputed), other.value, other.reason))
+    wanted = {one: None for name, one, _, _ in predicted if one.stages and is_measured(name)}
+    reasons: dict[Arrangement, str] = {}
+    found = _interleaved(setting, arm, plan, list(wanted), steps, reasons) if steps else {}
     times = []
-    for name, stages, value, reason in predicted:
-        if quartiles := found.get(tuple(stages)):
-            low, median, high = quartiles
+    for name, one, value, reason in predicted:
+        if one in found:
+            low, median, high = found[one]
             times.append(StepTime(name, value, median, (low, high)))
         else:
-            times.append(StepTime(name, value, reason=reason or "not measured"))
+            times.append(StepTime(name, value, reason=reason or reasons.get(one, "not measured")))
     return times
 
 
@@ -81,34 +76,19 @@ def is_measured(name: str) -> bool:
 
 
 def _interleaved(
-    setting: Setting, arm: str, placements: Sequence[Stages], m: int, steps: int
-) -> dict[Stages, tuple[float, float, float]]:
-    """Quartiles of the step time [s] of each placement."""
-    config = setting.config
-    model = arms.build(config, arm, config.seeds[0], setting.corpus.tokenizer.vocab_size)
-    times: dict[Stages, list[float]] = {stages: [] for stages in placements}
-    with contextlib.ExitStack() as stack:
-        copies = {stages: copy.deepcopy(model) for stages in placements}  # placing moves a model to its devices
-        placed = {
-            stages: stack.enter_context(
-                hetero.place_stages(one, stages, setting.topology, loss=lm.loss, n_microbatches=m)
-            )
-            for stages, one in copies.items()
-        }
-        for turn in range(1 + math.ceil(steps / (TURN - 1))):  # the first turn is to warm up
-            for stages, one in placed.items():
-                for k in range(TURN):
-                    batch = planning.example_batch(setting, turn * TURN + k)
-                    copies[stages].zero_grad()
-                    start = time.perf_counter()
-                    one.step(batch)
-                    if turn > 0 and k > 0 and len(times[stages]) < steps:
-                        times[stages].append(time.perf_counter() - start)
-    return {stages: _quartiles(values) for stages, values in times.items()}
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
+    setting: Setting,
+    arm: str,
+    plan: hetero.Plan,
+    arrangements: Sequence[Arrangement],
+    steps: int,
+    reasons: dict[Arrangement, str],
+) -> dict[Arrangement, tuple[float, float, float]]:
+    """Quartiles of the step time [s] of each arrangement; `reasons` gets why one could not be run."""
+    model = planning.build_arm(setting, arm)
+    times: dict[Arrangement, list[float]] = {}
+    m, schedule = plan.n_microbatches, plan.schedule
+    with placed_copies(
+        model, arrangements, setting.topology, reasons, loss=lm.loss, n_microbatches=m, schedule=schedule
+    ) as placed:
+        measure_in_turn(placed, planning.validation_batches(setting, steps), steps, times)
+    return {one: quartiles(values) for one, values in times.items()}

@@ -55,9 +55,39 @@ def forward_flops(module: nn.Module, x: Tensor, context: Context) -> float:
         return float(own(tuple(x.shape)))
     if stated := next((f for api in sorted(apis_of(module) or ()) if (f := _stated_flops(module, api, x))), None):
         return stated
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    return float(sum(_counted(module, x, context).values()))
+
+
+def _counted(module: nn.Module, x: Tensor, context: Context) -> dict[str, int]:
+    """Floating-point operations of a forward pass by op; those that torch counts, and its attention on the host."""
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        (B, N, T, H), S, V = q, k[-2], v[-1]
+        return int(2 * B * N * T * S * (H + V))
+
+    on_host = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch's own table lacks it
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=on_host) as counter:
         module(x, context)
-    return float(counter.get_total_flops())
+    return {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def operation(module: nn.Module, x: Tensor, context: Context) -> str:
+    """What takes most of a forward pass's operations, by torch's counter: `matmul`, `attention`, `convolution`.
+
+    `movement` where it counts none: such a layer copies, looks up, or computes element by element.
+    """
+    counts = _counted(module, x, context)
+    if not counts:
+        return "movement"
+    name = max(counts, key=lambda op: counts[op])
+    kinds = {"attention": ("bmm", "attention"), "convolution": ("conv",)}
+    return next((kind for kind, marks in kinds.items() if any(mark in name for mark in marks)), "matmul")
+
+
+def moved_bytes(module: nn.Module, x: Tensor, output_bytes: int) -> int:
+    """What a forward pass reads and writes at least: parameters, input and output [B]."""
+    parameters = sum(p.numel() * p.element_size() for p in module.parameters())
+    return parameters + x.numel() * x.element_size() + output_bytes
 
 
 def _stated_flops(module: nn.Module, api: str, x: Tensor) -> float | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hetero import cache
 from hetero.cost import LayerTime, StageOverhead
-from hetero.modules import can_run
+from hetero.modules import can_run, operation
 from hetero.runtime.measurement import Sample, Workload, measure, slowdown
 from hetero.runtime.stage import Loss, Stage
 from hetero.runtime.worker import Worker
@@ -48,6 +49,24 @@ class Layer:
     context: Context
     loss: Loss | None
 
+    @cached_property
+    def operation(self) -> str:
+        """What takes most of a forward pass's operations; the layer runs once to find it."""
+        return operation(self.module, self.x, self.context)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a stage's call costs beside its layers, and how much longer layers take in a chain than alone.
+
+    Attributes:
+        overhead: fixed time of a call.
+        scale: of the layers' times net of it, forwards and backwards.
+    """
+
+    overhead: StageOverhead = field(default_factory=StageOverhead)
+    scale: tuple[float, float] = (1.0, 1.0)
+
 
 @dataclass
 class _Known:
@@ -57,19 +76,19 @@ class _Known:
         device: which.
         layers: by key, those that the device can run.
         samples: by key; empty where nothing is stored.
-        fixed: time of a stage's call; None: not measured.
-        names: by key, what the cache calls a layer's sample, and at "" the fixed time.
+        call: cost of a stage's call; None: not measured.
+        names: by key, what the cache calls a layer's sample, and at "" the cost of a call.
     """
 
     device: Device
     layers: dict[str, Layer]
     samples: dict[str, Sample]
-    fixed: StageOverhead | None
+    call: _Call | None
     names: dict[str, str]
 
     def missing(self, chain: list[Layer]) -> tuple[list[Layer], list[Layer]]:
         """Layers to be measured one by one, and those to be measured as one stage as well: all or none of a run."""
-        run = _longest_run(chain, self.device) if self.fixed is None else []
+        run = _longest_run(chain, self.device) if self.call is None else []
         wanted = {key: layer for key, layer in self.layers.items() if key not in self.samples}
         if len(run) > 1:
             wanted |= {layer.key: layer for layer in run}  # alone and together have to be measured in the same minute
@@ -80,9 +99,10 @@ class _Known:
         self.samples |= alone
         for key, sample in alone.items():
             cache.write("profile", self.names[key], sample.to_json())
-        if self.fixed is None:
-            self.fixed = _overhead([self.samples[layer.key] for layer in run], together)
-            stored = {"forward_s": self.fixed.forward_s, "backward_s": self.fixed.backward_s}
+        if self.call is None:
+            self.call = _call([self.samples[layer.key] for layer in run], together)
+            fixed = self.call.overhead
+            stored = {"forward_s": fixed.forward_s, "backward_s": fixed.backward_s, "scale": self.call.scale}
             cache.write("profile", self.names[""], stored)
 
 
@@ -91,9 +111,9 @@ def on_devices(
 ) -> tuple[dict[str, dict[str, LayerTime]], dict[str, StageOverhead]]:
     """Times of the layers on each device that can run some, without the fixed time of a stage's call, and that time.
 
-    The fixed time belongs to the device and the shapes: it is measured with the first chain, and kept for others. What
-    isn't stored is measured on all devices by turns: a machine's speed changes within seconds, and a plan needs times
-    that can be compared.
+    The cost of a call belongs to the device and the shapes: it is measured with the first chain, and kept for others.
+    What isn't stored is measured on all devices by turns: a machine's speed changes within seconds, and a plan needs
+    times that can be compared.
     """
     known = [_known(chain, device, n_microbatches, refresh=refresh) for device in devices]
     known = [one for one in known if one.layers]
@@ -101,21 +121,22 @@ def on_devices(
     times: dict[str, dict[str, LayerTime]] = {}
     overheads: dict[str, StageOverhead] = {}
     for one in known:
-        fixed = overheads[one.device.name] = one.fixed or StageOverhead()
+        call = one.call or _Call()
+        overheads[one.device.name] = call.overhead
         able = [layer for layer in chain if layer.key in one.layers]
-        times[one.device.name] = {layer.name: _net(one.samples[layer.key], fixed) for layer in able}
+        times[one.device.name] = {layer.name: _net(one.samples[layer.key], call) for layer in able}
     return times, overheads
 
 
 def _known(chain: list[Layer], device: Device, n_microbatches: int, *, refresh: bool) -> _Known:
     layers = {layer.key: layer for layer in chain if can_run(layer.module, device)}
     names = {key: cache.key(_machine(device), key) for key in layers}
-    names[""] = cache.key(_machine(device), "overhead", _shapes(chain), n_microbatches)
+    names[""] = cache.key(_machine(device), "call", _shapes(chain), n_microbatches)
     if refresh:
         return _Known(device, layers, {}, None, names)
     found = {key: cache.read("profile", names[key], Sample.from_json) for key in layers}
     samples = {key: sample for key, sample in found.items() if sample is not None}
-    return _Known(device, layers, samples, cache.read("profile", names[""], _fixed_time), names)
+    return _Known(device, layers, samples, cache.read("profile", names[""], _stored_call), names)
 
 
 def add_slowdown(
@@ -164,8 +185,11 @@ def _ratios(
     return ratios
 
 
-def _fixed_time(stored: Any) -> StageOverhead:
-    return StageOverhead(float(stored["forward_s"]), float(stored["backward_s"]))
+def _stored_call(stored: Any) -> _Call:
+    forward, backward = stored["scale"]
+    return _Call(
+        StageOverhead(float(stored["forward_s"]), float(stored["backward_s"])), (float(forward), float(backward))
+    )
 
 
 def _pairs(stored: Any, n: int) -> list[tuple[float, float]]:
@@ -241,26 +265,30 @@ def _workload(group: list[Layer], device: Device) -> Workload:
     return Workload(stage, *stage.here(first.x, last.context))
 
 
-def _overhead(alone: list[Sample], together: Sample | None) -> StageOverhead:
-    """Fixed time of a stage's call.
+def _call(alone: list[Sample], together: Sample | None) -> _Call:
+    """What a stage's call costs, from units alone and from the chain of them as one stage.
 
-    n units alone take Σ tᵢ = n·o + Σ netᵢ, the chain of them o + Σ netᵢ; so o = (Σ tᵢ - chain) / (n - 1). It is not
-    negative, and no larger than the quickest unit.
+    n units alone take Σ tᵢ = n·o + Σ netᵢ, the chain of them o + Σ netᵢ; so o = (Σ tᵢ - chain) / (n - 1). It is kept
+    between 0 and the time of the quickest unit in the chain, min tᵢ · chain / Σ tᵢ. Where that binds, units take longer
+    in a chain than alone (their weights have left the caches meanwhile), or shorter; then all nets are scaled, by
+    s = (chain - o) / (Σ tᵢ - n·o), so that the stage of all units takes what was measured. Elsewhere s is 1.
     """
     if together is None:
-        return StageOverhead()
-    result = []
+        return _Call()
+    fixed, scales = [], []
     for phase in ("forward_s", "backward_s"):
-        times = [getattr(sample, phase) for sample in alone]
-        fixed = (sum(times) - getattr(together, phase)) / (len(times) - 1)
-        result.append(min(max(fixed, 0.0), min(times)))
-    return StageOverhead(*result)
+        times, chain = [getattr(sample, phase) for sample in alone], getattr(together, phase)
+        n, total = len(times), sum(times)
+        overhead = min(max((total - chain) / (n - 1), 0.0), min(times) * chain / total)
+        fixed.append(overhead)
+        scales.append((chain - overhead) / (total - n * overhead))
+    return _Call(StageOverhead(*fixed), (scales[0], scales[1]))
 
 
-def _net(sample: Sample, fixed: StageOverhead) -> LayerTime:
+def _net(sample: Sample, call: _Call) -> LayerTime:
     return LayerTime(
-        max(sample.forward_s - fixed.forward_s, 0.0),
-        max(sample.backward_s - fixed.backward_s, 0.0),
+        call.scale[0] * max(sample.forward_s - call.overhead.forward_s, 0.0),
+        call.scale[1] * max(sample.backward_s - call.overhead.backward_s, 0.0),
         sample.error,
         "profiled",
         sample.call_bytes,

@@ -1,10 +1,10 @@
-"""Run a placed model: micro-batches through stages, one thread a device (GPipe).
+"""Run a placed model: micro-batches through stages, one thread a device.
 
-A step is all forward passes, then all backward passes. Each device's worker knows beforehand what it will do in which
-order (stage by stage, micro-batch by micro-batch) and waits for its inputs; so gradients always add up in the same
-order, whatever the timing: two equal steps are equal bit by bit.
+Each device's worker knows beforehand what it will do in which order (`hetero.schedule.work_order`) and waits for its
+inputs. Under both schedules a stage's backward passes run in the order of the micro-batches; so gradients always add up
+in the same order, whatever the timing: two equal steps are equal bit by bit, and so are the two schedules.
 
-Source: Huang et al., "GPipe", NeurIPS 2019, section 2.2.
+Source: Huang et al., "GPipe", NeurIPS 2019, section 2.2; Narayanan et al., "PipeDream", SOSP 2019, section 3.2.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from hetero.device import RECOMPUTING_APIS
 from hetero.errors import PlacementError, StageError
 from hetero.modules import apis_of, can_run
 from hetero.runtime.stage import IGNORED, TARGETS, Cache, Loss, Stage, token_cross_entropy
 from hetero.runtime.worker import Worker
-from hetero.schedule import Event
+from hetero.schedule import FORWARD, GPIPE, Event, Work, work_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from hetero.backends import Context
-    from hetero.planner.plan import Plan
+    from hetero.planner.plans import Plan
     from hetero.topology import Topology
 
 
@@ -93,15 +94,20 @@ class _Abandoned(Exception):  # noqa: N818 - never seen outside: another stage f
 class _Run:
     """One step under way: what the workers hand each other, and what came out."""
 
-    def __init__(self, stages: Sequence[Stage], parts: Sequence[MicroBatch], *, backward_from: int | None) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], parts: Sequence[MicroBatch], *, backward_from: int | None, schedule: str = GPIPE
+    ) -> None:
         """A step that is ready to start.
 
         Args:
             stages: all of them.
             parts: the micro-batches.
             backward_from: index of the first stage with a backward pass; None: forward passes only.
+            schedule: `gpipe` or `1f1b`.
         """
-        self.parts, self.backward_from = parts, backward_from
+        self.stages, self.parts, self.backward_from = stages, parts, backward_from
+        devices = [stage.device.name for stage in stages]
+        self.order = work_order(devices, len(parts), schedule=schedule, backward=backward_from is not None)
         self.inputs: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(len(stages) + 1)]  # [-1]: the losses
         self.grads: list[SimpleQueue[Any]] = [
             SimpleQueue() for _ in range(len(stages) + 1)
@@ -116,14 +122,12 @@ class _Run:
             self.inputs[0].put(part.inputs)
             self.grads[-1].put(torch.tensor(weight, dtype=torch.float64))
 
-    def work(self, stages: Sequence[Stage]) -> None:
+    def work(self, device: str) -> None:
         """One device's share; runs in its worker."""
         try:
-            for stage in stages:
-                self._each(stage, "forward", self.inputs[stage.index], self.inputs[stage.index + 1])
-            for stage in reversed(stages):
-                if self.backward_from is not None and stage.index >= self.backward_from:
-                    self._each(stage, "backward", self.grads[stage.index + 1], self.grads[stage.index])
+            for work in self.order[device]:
+                if work.phase == FORWARD or work.stage >= (self.backward_from or 0):
+                    self._do(work)
             self.finished.put(None)
         except _Abandoned:
             self.finished.put(None)
@@ -131,25 +135,26 @@ class _Run:
             self.abandon()
             self.finished.put(error)
 
-    def _each(self, stage: Stage, phase: str, source: SimpleQueue[Any], target: SimpleQueue[Any]) -> None:
-        for i, part in enumerate(self.parts):
-            x = source.get()
-            if self.is_abandoned:
-                raise _Abandoned
-            start = time.perf_counter()
-            try:
-                if phase == "backward":
-                    y = stage.backward(i, x)
-                elif self.backward_from is not None and stage.index >= self.backward_from:
-                    y = stage.forward(i, x, part.context)
-                else:
-                    y = stage.infer(x, part.context)
-                stage.sync()  # what a device was told to do is not done yet; nothing to wait for but on cuda
-            except BaseException as error:  # whatever it is: others wait for this worker, and it gets no Ctrl-C
-                raise _stage_error(stage, phase, i, error) from error
-            end = time.perf_counter()
-            target.put(y)
-            self.events.append(Event(stage.device.name, stage.index, i, phase, start - self.start, end - self.start))
+    def _do(self, work: Work) -> None:
+        stage, i, is_forward = self.stages[work.stage], work.microbatch, work.phase == FORWARD
+        before, after = work.stage, work.stage + 1
+        x = (self.inputs[before] if is_forward else self.grads[after]).get()
+        if self.is_abandoned:
+            raise _Abandoned
+        start = time.perf_counter()
+        try:
+            if not is_forward:
+                y = stage.backward(i, x)
+            elif self.backward_from is not None and work.stage >= self.backward_from:
+                y = stage.forward(i, x, self.parts[i].context)
+            else:
+                y = stage.infer(x, self.parts[i].context)
+            stage.sync()  # what a device was told to do is not done yet; nothing to wait for but on cuda
+        except BaseException as error:  # whatever it is: others wait for this worker, and it gets no Ctrl-C
+            raise _stage_error(stage, work.phase, i, error) from error
+        end = time.perf_counter()
+        (self.inputs[after] if is_forward else self.grads[before]).put(y)
+        self.events.append(Event(stage.device.name, work.stage, i, work.phase, start - self.start, end - self.start))
 
     def abandon(self) -> None:
         """Let every worker stop before its next micro-batch."""
@@ -180,13 +185,19 @@ class Placed:
     Attributes:
         stages: in execution order.
         n_microbatches: of a step, unless it is told otherwise.
+        schedule: `gpipe` or `1f1b`.
         last_events: the measured schedule of the last step, by start.
     """
 
     def __init__(
-        self, model: nn.Module, stages: Sequence[Stage], workers: Mapping[str, Worker], n_microbatches: int
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        workers: Mapping[str, Worker],
+        n_microbatches: int,
+        schedule: str = GPIPE,
     ) -> None:
-        self.stages, self.n_microbatches = tuple(stages), n_microbatches
+        self.stages, self.n_microbatches, self.schedule = tuple(stages), n_microbatches, schedule
         self.last_events: list[Event] = []
         self._model = model
         self._workers = dict(workers)
@@ -208,7 +219,7 @@ class Placed:
             KeyboardInterrupt: Ctrl-C; the step was given up, no worker is in the middle of anything.
         """
         parts = split(batch, n_microbatches or self.n_microbatches)
-        run = self._execute(_Run(self.stages, parts, backward_from=self._first_trainable()))
+        run = self._execute(_Run(self.stages, parts, backward_from=self._first_trainable(), schedule=self.schedule))
         self.last_events = sorted(run.events, key=lambda event: (event.start_s, event.stage))
         return run.loss()
 
@@ -294,7 +305,7 @@ class Placed:
         try:
             with self._lock:
                 for name, worker in self._workers.items():
-                    worker.submit(functools.partial(run.work, self._by_device[name]))
+                    worker.submit(functools.partial(run.work, name))
             # Waiting is interruptible: Ctrl-C raises here, never in a worker.
             reports = [run.finished.get() for _ in self._workers]
         except BaseException:
@@ -316,7 +327,7 @@ class Placed:
 def place(
     model: nn.Module, plan: Plan, *, topology: Topology | None = None, loss: Loss = token_cross_entropy
 ) -> Placed:
-    """Put a model's layers onto the devices of a plan, with the cores for which it was priced.
+    """Put a model's layers onto the devices of a plan, with the cores for which it was priced and its schedule.
 
     Args:
         model: has `layers() -> [(name, module)]`, each called `module(x, context) -> x`.
@@ -343,7 +354,15 @@ def place(
     else:
         topology = _with_cores(topology, topology, plan)
     stages = [(stage.device, stage.first, stage.last) for stage in plan.stages]
-    return place_stages(model, stages, topology, loss=loss, n_microbatches=plan.n_microbatches)
+    return place_stages(
+        model,
+        stages,
+        topology,
+        loss=loss,
+        n_microbatches=plan.n_microbatches,
+        schedule=plan.schedule,
+        recomputed=plan.recomputed,
+    )
 
 
 def _with_cores(topology: Topology, whole: Topology, plan: Plan) -> Topology:
@@ -369,12 +388,17 @@ def place_stages(
     topology: Topology | None = None,
     loss: Loss = token_cross_entropy,
     n_microbatches: int = 1,
+    schedule: str = GPIPE,
+    recomputed: Collection[str] = (),
 ) -> Placed:
     """As `place`, with the stages given as (device, first layer, last layer), both inclusive.
 
+    `recomputed` names layers that run again in their backward pass.
+
     Raises:
         PlacementError: the stages don't cover the layers one after the other, a device is simulated, two devices
-            overlap, a layer can't run where it should, or two stages share a parameter.
+            overlap, a layer can't run where it should, or not a second time, two stages share a parameter, or the
+            schedule has no order for them.
         DeviceError: a device does not exist.
     """
     from hetero.discovery import discover
@@ -383,22 +407,50 @@ def place_stages(
     topology = discover(devices_used) if topology is None else topology.only(devices_used)
     layers = list(_layers(model))
     _check(layers, stages, topology)
+    work_order([device for device, _, _ in stages], n_microbatches, schedule=schedule)  # refused here, not in a step
+    _check_recomputed(layers, stages, topology, recomputed)
     built = []
     for index, (device, first, last) in enumerate(stages):
         names, units = zip(*layers[first : last + 1], strict=True)
         is_last = index == len(stages) - 1
         built.append(
             Stage(
-                names, units, topology.device(device), index=index, loss=loss if is_last else None, input_grad=index > 0
+                names,
+                units,
+                topology.device(device),
+                index=index,
+                loss=loss if is_last else None,
+                input_grad=index > 0,
+                recomputed=recomputed,
             )
         )
     workers = {device.name: Worker(device) for device in topology.devices}
-    return Placed(model, built, workers, n_microbatches)
+    return Placed(model, built, workers, n_microbatches, schedule)
 
 
 def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     layers: Iterable[tuple[str, nn.Module]] = model.layers()  # type: ignore[operator]  # any module that has it
     return layers
+
+
+def _check_recomputed(
+    layers: Sequence[tuple[str, nn.Module]],
+    stages: Sequence[tuple[str, int, int]],
+    topology: Topology,
+    recomputed: Collection[str],
+) -> None:
+    names = [name for name, _ in layers]
+    if unknown := [name for name in recomputed if name not in names]:
+        raise PlacementError(f"recomputed layer {unknown[0]!r} does not exist", found=", ".join(names))
+    for device, first, last in stages:
+        again = [name for name in names[first : last + 1] if name in recomputed]
+        if again and (api := topology.device(device).api) not in RECOMPUTING_APIS:
+            raise PlacementError(
+                f"layer {again[0]!r} can't be recomputed on {device!r}",
+                found=f"its runtime is {api}",
+                expected=" or ".join(RECOMPUTING_APIS),
+                remedy="make a new plan on this machine",
+            )
 
 
 def _check(layers: Sequence[tuple[str, nn.Module]], stages: Sequence[tuple[str, int, int]], topology: Topology) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hetero.backends import CompiledStage, Context, backend
 from hetero.errors import StageError
@@ -33,18 +34,31 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Chain(nn.Module):
-    """Units called one after the other; with a loss, its value at the context's targets."""
+    """Units called one after the other; with a loss, its value at the context's targets.
 
-    def __init__(self, units: Sequence[nn.Module], loss: Loss | None = None) -> None:
+    Attributes:
+        recomputed: indices of units that keep their input only and run again in the backward pass, the last one with
+            the loss. They have to give the same again: torch's random state is restored, in no other thread.
+    """
+
+    def __init__(self, units: Sequence[nn.Module], loss: Loss | None = None, recomputed: Collection[int] = ()) -> None:
         super().__init__()
         self.units = nn.ModuleList(units)
         self.loss = loss
+        self.recomputed = frozenset(recomputed)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """The last unit's output, or the loss."""
-        for unit in self.units:
-            x = unit(x, context)
-        return x if self.loss is None else self.loss(x, context[TARGETS])
+        for i in range(len(self.units)):
+            if i in self.recomputed and torch.is_grad_enabled():
+                x = checkpoint(self._unit, i, x, context, use_reentrant=False)
+            else:
+                x = self._unit(i, x, context)
+        return x
+
+    def _unit(self, i: int, x: Tensor, context: Context) -> Tensor:
+        y: Tensor = self.units[i](x, context)
+        return y if self.loss is None or i < len(self.units) - 1 else self.loss(y, context[TARGETS])
 
 
 class Decoding(nn.Module):
@@ -89,6 +103,7 @@ class Stage:
         index: int = 0,
         loss: Loss | None = None,
         input_grad: bool = True,
+        recomputed: Collection[str] = (),
     ) -> None:
         """A stage whose modules are moved to where the device's tensors live; nothing is compiled yet.
 
@@ -99,14 +114,16 @@ class Stage:
             index: of the stage in its pipeline.
             loss: of the last stage in training: its output is the mean loss at `context["targets"]`.
             input_grad: whether `backward` has to return the gradient of the input.
+            recomputed: names of layers that run again in their backward pass instead of keeping what they saved.
         """
         self.names, self.device, self.index = tuple(names), device, index
         self._backend = backend(device.api)
         self._where = torch.device(self._backend.torch_device(device.name))
         for unit in units:
             unit.to(self._where)
-        self._chain = Chain(units)
-        self._chain_with_loss = self._chain if loss is None else Chain(units, loss)
+        again = [i for i, name in enumerate(names) if name in recomputed]
+        self._chain = Chain(units, recomputed=again)
+        self._chain_with_loss = self._chain if loss is None else Chain(units, loss, again)
         self._decoding: Decoding | None = None
         self._compiled: dict[nn.Module, CompiledStage] = {}
         self._input_grad = input_grad

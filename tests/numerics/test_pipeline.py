@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hetero
 import lm
-from experiments import measure
+from experiments import measure, planning
 from hetero.backends import all_backends, cpu
 from hetero.device import Device
 from hetero.discovery import discover
 from hetero.errors import DeviceError, PlacementError, StageError
-from hetero.planner.plan import Plan, PlanStage
-from hetero.runtime import Stage, place, place_stages, token_cross_entropy
+from hetero.planner.plans import Plan, PlanStage
+from hetero.runtime import Stage, place, place_stages, token_cross_entropy, turns
 from hetero.runtime.pipeline import split
+from hetero.schedule import work_order
 from hetero.topology import Topology
 
 B, T, V = 8, 12, 17
@@ -110,6 +110,79 @@ def test_a_placed_step_equals_the_unplaced_one_bit_for_bit(topology, stages, n_m
         assert placed.step(batch) == expected_loss
     assert len(expected) == len(list(model.parameters()))
     assert_same_bits(gradients(model), expected)
+
+
+ONE_STAGE_A_DEVICE = ["one stage", "two stages", "a stage of one layer"]
+
+
+@pytest.mark.parametrize("cut", ONE_STAGE_A_DEVICE)
+@pytest.mark.parametrize("n_microbatches", [1, 2, 4, 5, 8])
+def test_a_1f1b_step_equals_the_unplaced_one_bit_for_bit(topology, cut, n_microbatches):
+    model, batch, stages = make_model(), make_batch(), CUTS[cut]
+    expected_loss = reference_step(model, batch, n_microbatches)
+    expected = gradients(model)
+    with place_stages(model, stages, topology, loss=lm.loss, n_microbatches=n_microbatches, schedule="1f1b") as placed:
+        assert placed.step(batch) == expected_loss
+        events = placed.last_events
+    assert_same_bits(gradients(model), expected)
+    for index in range(len(stages)):
+        own = [(e.phase, e.microbatch) for e in events if e.stage == index]
+        planned = work_order([device for device, _, _ in stages], n_microbatches, schedule="1f1b")[stages[index][0]]
+        assert own == [(work.phase, work.microbatch) for work in planned]
+
+
+@pytest.mark.parametrize("n_microbatches", [1, 3, 8])
+def test_1f1b_keeps_few_micro_batches_in_flight(topology, monkeypatch, n_microbatches):
+    held: dict[int, list[int]] = {0: [], 1: []}
+    original = Stage.forward
+
+    def forward(self, slot, x, context):
+        y = original(self, slot, x, context)
+        held[self.index].append(len(self._slots))
+        return y
+
+    monkeypatch.setattr(Stage, "forward", forward)
+    with place_stages(
+        make_model(), CUTS["two stages"], topology, loss=lm.loss, n_microbatches=n_microbatches, schedule="1f1b"
+    ) as placed:
+        placed.step(make_batch())
+    assert [max(held[stage]) for stage in (0, 1)] == [min(n_microbatches, 2 - stage) for stage in (0, 1)]
+
+
+def test_1f1b_leaves_frozen_stages_without_a_backward_pass(topology):
+    model, batch = make_model(), make_batch()
+    for _, unit in model.layers()[:3]:
+        unit.requires_grad_(False)
+    expected_loss = reference_step(model, batch, 4)
+    expected = gradients(model)
+    with place_stages(model, CUTS["two stages"], topology, loss=lm.loss, n_microbatches=4, schedule="1f1b") as placed:
+        assert placed.step(batch) == expected_loss
+        assert {e.stage for e in placed.last_events if e.phase == "backward"} == {1}
+        nats, n_targets = placed.evaluate(batch)
+    assert nats / n_targets == expected_loss
+    assert_same_bits(gradients(model), expected)
+
+
+def test_a_failure_in_a_1f1b_step_is_named_and_the_next_step_works(topology, monkeypatch):
+    model, batch = make_model(), make_batch()
+    expected_loss = reference_step(model, batch, 4)
+    gradients(model)
+    with place_stages(model, CUTS["two stages"], topology, loss=lm.loss, n_microbatches=4, schedule="1f1b") as placed:
+        with monkeypatch.context() as patch:
+            patch.setattr(Stage, "backward", lambda *_: 1 / 0)
+            with pytest.raises(StageError, match=r"stage 1 .*failed in the backward pass of micro-batch 0"):
+                placed.step(batch)
+        model.zero_grad()
+        assert placed.step(batch) == expected_loss
+
+
+@pytest.mark.parametrize(
+    ("cut", "schedule", "message"),
+    [("a device twice", "1f1b", "no order for 'cpu'"), ("two stages", "zigzag", "unknown schedule 'zigzag'")],
+)
+def test_a_schedule_without_an_order_for_the_stages_is_refused_at_once(topology, cut, schedule, message):
+    with pytest.raises(PlacementError, match=message):
+        place_stages(make_model(), CUTS[cut], topology, loss=lm.loss, n_microbatches=4, schedule=schedule)
 
 
 def test_gradients_add_up_over_steps_as_in_torch(topology):
@@ -439,36 +512,42 @@ def test_a_stage_moves_its_units_to_its_device_and_back_to_the_host(topology, mo
 
 def test_placements_that_are_measured_in_turn_have_a_model_each(topology, monkeypatch):
     models = []
-    original = hetero.place_stages
+    original = turns.place_stages
     monkeypatch.setattr(
-        hetero, "place_stages", lambda model, *a, **k: (models.append(model), original(model, *a, **k))[1]
+        turns, "place_stages", lambda model, *a, **k: (models.append(model), original(model, *a, **k))[1]
     )
-    monkeypatch.setattr(measure.arms, "build", lambda *_: make_model())
-    monkeypatch.setattr(measure.planning, "example_batch", lambda *_: make_batch())
+    monkeypatch.setattr(planning.arms, "build", lambda *_: make_model())
+    monkeypatch.setattr(planning, "example_batch", lambda *_: make_batch())
     setting = SimpleNamespace(
         config=SimpleNamespace(seeds=[0]),
         corpus=SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=V)),
         topology=topology,
     )
-    placements = [(("cpu", 0, 5),), (("fake:0", 0, 5),)]
-    assert list(measure._interleaved(setting, "baseline", placements, 2, 1)) == placements
+    arrangements = [turns.Arrangement((("cpu", 0, 5),)), turns.Arrangement((("fake:0", 0, 5),))]
+    plan = make_plan(make_model(), CUTS["one stage"])
+    assert list(measure._interleaved(setting, "baseline", plan, arrangements, 1, {})) == arrangements
     assert len({id(model) for model in models}) == 2
     batches = [gradients(model) for model in models]
     assert_same_bits(batches[0], batches[1])
-    reference_step(models[0], make_batch(), 2)
+    reference_step(models[0], make_batch(), 4)
     assert_same_bits(batches[0], gradients(models[0]))  # of the last step alone
 
 
-def make_plan(model: lm.Transformer, stages: list[tuple[str, int, int]], cores: tuple[int, ...] = ()) -> Plan:
+def make_plan(
+    model: lm.Transformer, stages: list[tuple[str, int, int]], cores: tuple[int, ...] = (), schedule: str = "gpipe"
+) -> Plan:
     names = [name for name, _ in model.layers()]
     planned = tuple(PlanStage(d, i, j, tuple(names[i : j + 1]), 1.0, 1.0, 0.1, 0, cores) for d, i, j in stages)
-    return Plan(planned, 4, "train_step", "gpipe", 1.0, 1.0, 0.0, "optimal", "", 0.0, "", (1.0, 1.0), (), (), "")
+    return Plan(planned, 4, "train_step", schedule, 1.0, 1.0, 0.0, "optimal", "", 0.0, "", (1.0, 1.0), (), (), "")
 
 
-def test_a_plan_is_placed_with_its_stages_and_micro_batches(topology):
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_plan_is_placed_with_its_stages_micro_batches_and_schedule(topology, schedule):
     model, batch = make_model(), make_batch()
-    with place(model, make_plan(model, CUTS["two stages"]), topology=topology, loss=lm.loss) as placed:
+    plan = make_plan(model, CUTS["two stages"], schedule=schedule)
+    with place(model, plan, topology=topology, loss=lm.loss) as placed:
         assert [stage.device.name for stage in placed.stages] == ["cpu", "fake:0"]
+        assert placed.schedule == schedule
         assert placed.step(batch) == reference_step(make_model(), batch, 4)
         assert {event.microbatch for event in placed.last_events} == {0, 1, 2, 3}
 
