@@ -90,16 +90,35 @@ def _add_devices(commands: Any) -> None:
     devices.add_argument("--json", action="store_true", help="print JSON")
     devices.add_argument("--measure", action="store_true", help="measure peak, bandwidth and launch latency now")
     devices.add_argument("--subdevices", action="store_true", help="list the parts of OpenCL devices too")
+    devices.add_argument("--topology", metavar="FILE", type=Path, help="list the devices of this file instead")
+    devices.add_argument("--catalogue", action="store_true", help="list the models that topology files can name")
     devices.set_defaults(command=_devices)
 
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="plan each arm and explain it, without training", allow_abbrev=False)
-    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     plan.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace the file's")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--trace", metavar="FILE", type=Path, help="write the predicted schedule as a Chrome trace")
+    plan.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write the schedule as a Chrome trace; with --validate also the measured one",
+    )
     plan.add_argument("--topology", metavar="FILE", type=Path, help="plan for the devices of this file")
+    plan.add_argument("--explain", action="store_true", help="also what one more GiB, GB/s or device would bring")
+    plan.add_argument("--why", metavar="LAYER=DEVICE", action="append", help="why a layer is not on a device")
+    formats = "accelerate, pipelining, json or schema"
+    plan.add_argument("--export", metavar="FORMAT=FILE", action="append", help=f"write the plan; {formats}")
+    plan.add_argument("--validate", action="store_true", help="run plan and alternatives; predicted against measured")
+    plan.add_argument("--steps", type=int, metavar="N", help="steps of each to measure with --validate (default 20)")
+    plan.add_argument("--workload", metavar="FILE", type=Path, help="place the graph of this JSON file instead")
+    plan.add_argument("--objective", metavar="NAME", help="with --workload: throughput (default) or latency")
+    plan.add_argument(
+        "--contiguous", action=argparse.BooleanOptionalAction, help="with --workload: intervals (default)"
+    )
+    plan.add_argument("--time-limit", metavar="S", type=float, help="with --workload: seconds to search (default 60)")
     plan.set_defaults(command=_plan)
 
 
@@ -136,9 +155,17 @@ def _add_generate(commands: Any) -> None:
 
 def _devices(options: argparse.Namespace) -> None:
     import hetero
-    from experiments.devices_table import devices_table
+    from experiments.devices_table import catalogue_table, devices_table, groups_table
     from hetero.discovery import measure
 
+    if options.catalogue:
+        entries = hetero.catalogue()
+        print(_json([entry.to_json() for entry in entries]) if options.json else catalogue_table(entries))
+        return
+    if options.topology is not None:
+        topology = hetero.Topology.from_yaml(options.topology)
+        print(_json(topology.to_json()) if options.json else groups_table(topology))
+        return
     topology = hetero.discover(subdevices=options.subdevices)
     if options.measure:
         topology = dataclasses.replace(topology, devices=tuple(map(measure, topology.devices)))
@@ -146,35 +173,110 @@ def _devices(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from experiments import config_file, planning
-    from hetero.planner import draw
-    from hetero.schedule import simulate
+    if options.workload is not None or options.config is None:
+        from experiments import plan_workload
 
+        print(plan_workload.command(options))
+        return
+    from experiments import config_file, plan_answers, planning
+    from hetero.planner import draw
+
+    if wrong := next(
+        (name for name in ("objective", "contiguous", "time_limit") if vars(options)[name] is not None), ""
+    ):
+        remedy = "set it in the configuration" if wrong != "time_limit" else ""
+        raise ConfigError(f"--{wrong.replace('_', '-')} is for --workload", remedy=remedy)
     loaded = config_file.load(options.config, options.overrides)
     if loaded.config.sweep:
         remedy = "plan one combination: heteroq plan CONFIG sweep={} a.b=c"
         raise loaded.source.error(("sweep",), "several configurations; one is planned at a time", remedy=remedy)
     setting = planning.prepare(loaded, topology_file=options.topology)
-    plans = {arm: planning.plan_arm(setting, arm) for arm in loaded.config.arms}
+    if len(setting.topology.devices) > planning.MOST_DEVICES:
+        _plan_fleet(setting, options)
+        return
+    if options.validate or options.steps is not None:
+        _validate(setting, options)
+        return
+    questions = [plan_answers.split_question(text) for text in options.why or ()]
+    exports = [plan_answers.split_export(text) for text in options.export or ()]
+    costs = {arm: planning.costs_of(setting, arm) for arm in loaded.config.arms}
+    plans = {arm: planning.plan_arm(setting, arm, costs[arm]) for arm in loaded.config.arms}
     if options.trace is not None:
-        _write_traces(options.trace, {arm: simulate(plan, setting.topology) for arm, plan in plans.items()})
+        plan_answers.write_traces(options.trace, plans, setting.topology)
+    plan_answers.write_exports(exports, plans, setting.topology)
+    found = {}
+    if options.explain:
+        found = {arm: plan_answers.sensitivity_of(setting, plan, costs[arm]) for arm, plan in plans.items()}
     if options.json:
-        print(_json({"name": loaded.config.name, "arms": {arm: plan.to_json() for arm, plan in plans.items()}}))
+        arms = {arm: plan.to_json() for arm, plan in plans.items()}
+        more = {"sensitivity": {arm: one.to_json() for arm, one in found.items()}} if found else {}
+        print(_json({"name": loaded.config.name, "arms": arms} | more))
         return
     for arm, plan in plans.items():
-        print(f"== {arm}\n\n{draw(plan, setting.topology)}\n\n{plan.explain()}\n")
+        print(f"== {arm}\n")
+        for layer, device in questions:
+            print(plan_answers.why_not(setting, plan, costs[arm], layer, device))
+        if not questions:
+            print(f"{draw(plan, setting.topology)}\n\n{plan.explain(found.get(arm))}")
+        print()
 
 
-def _write_traces(file: Path, schedules: dict[str, Any]) -> None:
-    """One trace; with several arms, one file an arm: `trace.hybrid.json` beside `trace.json`, the first arm's."""
-    from hetero import trace
+def _plan_workload(options: argparse.Namespace) -> None:
+    from experiments import plan_workload
 
-    for i, (arm, schedule) in enumerate(schedules.items()):
-        target = file if i == 0 else file.with_name(f"{file.stem}.{arm}{file.suffix}")
-        try:
-            trace.write(target, predicted=schedule.events)
-        except OSError as error:
-            raise ConfigError(f"can't write {target}: {error.strerror}") from None
+    plan_workload.refuse_other_options(options)
+    objective, contiguous = options.objective or "throughput", options.contiguous is not False
+    time_limit_s = 60.0 if options.time_limit is None else options.time_limit
+    workload, placement = plan_workload.plan_file(
+        options.workload, objective=objective, contiguous=contiguous, time_limit_s=time_limit_s
+    )
+    if options.json:
+        print(_json(placement.to_json(workload)))
+        return
+    print(plan_workload.text(workload, placement, objective=objective, contiguous=contiguous))
+
+
+def _plan_fleet(setting: Any, options: argparse.Namespace) -> None:
+    """Plan each arm's replicas on a fleet."""
+    from experiments import planning
+
+    given = ("validate", "steps", "trace", "why", "explain", "export")
+    if wrong := next((name for name in given if vars(options).get(name)), ""):
+        raise ConfigError(f"--{wrong} is for one pipeline", found=f"{len(setting.topology.devices)} devices: a fleet")
+    plans = {arm: planning.fleet_plan_arm(setting, arm) for arm in setting.config.arms}
+    if options.json:
+        arms = {arm: plan.to_json() for arm, plan in plans.items()}
+        print(_json({"name": setting.config.name, "fleet": arms}))
+        return
+    for arm, plan in plans.items():
+        print(f"== {arm}\n\n{plan.explain()}\n")
+
+
+def _validate(setting: Any, options: argparse.Namespace) -> None:
+    """Plan each arm and hold its prediction against the clock; with Ctrl-C what was measured so far is printed."""
+    from experiments.plan_answers import measured_events, write_traces
+    from experiments.validation import STEPS, validate_arm, validation_text
+
+    if not options.validate:
+        raise ConfigError("--steps is for --validate")
+    if options.explain or options.why or options.export:
+        raise ConfigError("--validate measures; --explain, --why and --export are for a call of their own")
+    plans, found = {}, {}
+    for arm in setting.config.arms:
+        plans[arm], found[arm] = validate_arm(setting, arm, steps=STEPS if options.steps is None else options.steps)
+        if not options.json:
+            print(f"== {arm}\n\n{validation_text(plans[arm], found[arm])}\n")
+        if not found[arm].is_complete:
+            break
+    if options.trace is not None and all(one.is_complete for one in found.values()):
+        measured = {arm: measured_events(setting, arm, plan) for arm, plan in plans.items()}
+        write_traces(options.trace, plans, setting.topology, measured)
+    if options.json:
+        arms = {arm: plan.to_json() for arm, plan in plans.items()}
+        validations = {arm: one.to_json() for arm, one in found.items()}
+        print(_json({"name": setting.config.name, "arms": arms, "validations": validations}))
+    if not all(one.is_complete for one in found.values()):
+        raise KeyboardInterrupt
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -163,7 +163,9 @@ class Plan(Section):
 
     devices: Annotated[tuple[DeviceName, ...], Field(min_length=1)] | None = ("cpu", "aer")
     """Names as `heteroq devices` lists them; null, and the default with a topology: all there are."""
-    objective: Literal["train_step", "latency", "throughput"] = "train_step"
+    objective: Literal["train_step", "latency", "throughput", "energy", "dollars"] = "train_step"
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    """Order of a step's passes: 1f1b holds fewer micro-batches in memory."""
     n_microbatches: Annotated[Whole, Field(ge=1, le=1024)] = 4
     """Parts of a batch that are on their way at the same time; divides batch_size."""
     topology: str | None = None
@@ -172,6 +174,10 @@ class Plan(Section):
     """Whether a device takes one run of consecutive layers; null: if such a plan exists, otherwise several runs."""
     pins: dict[str, DeviceName] = {}
     """Layer name -> device it has to run on."""
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Groups of layers that belong on one device."""
+    recompute: Literal["never", "allowed"] = "never"
+    """Whether layers may drop what they save and run again in their backward pass, where memory asks for it."""
     alternative_steps: Annotated[Whole, Field(ge=0, le=10_000)] = 20
     """Steps for which the plan and each single device are measured, in turn, before training; 0: not measured."""
 
@@ -301,6 +307,11 @@ def _device_rules(config: Config) -> Iterator[Complaint]:
             yield (("plan", "pins", layer), ("model", "n_layer")), f"no layer '{layer}'; there are {', '.join(layers)}"
         if plan.devices is not None and device not in plan.devices:
             yield (("plan", "pins", layer), ("plan", "devices")), f"'{device}' is not in plan.devices"
+    for i, group in enumerate(plan.colocate):
+        for layer in group:
+            if layer not in layers:
+                text = f"no layer '{layer}'; there are {', '.join(layers)}"
+                yield (("plan", "colocate", i), ("model", "n_layer")), text
     if quantum is None or not {"hybrid", "frozen"} & set(config.arms):
         return
     needed = "aer" if quantum.simulator in ("aer", "qiskit.aer") else "cpu"

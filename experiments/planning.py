@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import hetero
 import lm
@@ -11,14 +12,20 @@ import quantum
 from experiments import arms, record
 from experiments.config import layer_names
 from experiments.errors import RunFolderError
+from hetero.history import with_history
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from experiments.config import Config
     from experiments.config_file import Loaded
     from experiments.errors import ConfigError
+    from hetero.planner.fleet import FleetPlan
+
+MOST_DEVICES = 512
+"""Devices on which one pipeline is searched; more are a fleet, on which many replicas of it are."""
+
+_MOST_BATCHES = 32  # of a comparison: it is the sizes that take time, not the tokens
 
 
 @dataclass(frozen=True)
@@ -58,26 +65,86 @@ def prepare(loaded: Loaded, *, topology_file: Path | None = None) -> Setting:
     return Setting(loaded, topology, corpus)
 
 
-def plan_arm(setting: Setting, arm: str) -> hetero.Plan:
-    """Profile an arm's layers (from the cache where they were measured before) and place them.
+def build_arm(setting: Setting, arm: str) -> lm.Transformer:
+    """An arm's model with its initial weights of the first seed."""
+    config = setting.config
+    return arms.build(config, arm, config.seeds[0], setting.corpus.tokenizer.vocab_size)
+
+
+def costs_of(setting: Setting, arm: str) -> hetero.Costs:
+    """What an arm's layers cost on the devices, from the cache where they were measured before."""
+    layers, m = build_arm(setting, arm).layers(), setting.config.plan.n_microbatches
+    return hetero.profile(layers, example_batch(setting), setting.topology, n_microbatches=m, loss=lm.loss)
+
+
+def plan_arm(setting: Setting, arm: str, costs: hetero.Costs | None = None) -> hetero.Plan:
+    """Place an arm's layers, with the interval that the history of predictions gives, where it is long enough.
+
+    Args:
+        setting: of the run.
+        arm: whose layers.
+        costs: of them; None: profiled now.
 
     Raises:
         PlacementError: no placement is possible; the message names the limit.
     """
-    config = setting.config
-    model = arms.build(config, arm, config.seeds[0], setting.corpus.tokenizer.vocab_size)
-    batch = example_batch(setting)
-    n_microbatches = config.plan.n_microbatches
-    costs = hetero.profile(model.layers(), batch, setting.topology, n_microbatches=n_microbatches, loss=lm.loss)
-    find = cast("Callable[..., hetero.Plan]", hetero.plan)  # mypy takes it for the module hetero.planner.plan
-    settings = {"objective": config.plan.objective, "n_microbatches": n_microbatches, "pins": config.plan.pins}
+    costs = costs_of(setting, arm) if costs is None else costs
+    return with_history(_find_plan(setting, costs), costs, setting.topology)
+
+
+def _find_plan(setting: Setting, costs: hetero.Costs) -> hetero.Plan:
+    config = setting.config.plan
+    settings: dict[str, Any] = {
+        "n_microbatches": config.n_microbatches,
+        "schedule": config.schedule,
+        **constraints(setting),
+    }
     try:
-        return find(costs, setting.topology, contiguous=config.plan.contiguous is not False, **settings)
+        return hetero.plan(
+            costs,
+            setting.topology,
+            objective=config.objective,
+            contiguous=config.contiguous is not False,
+            **settings,
+        )
     except hetero.PlacementError:
         # A circuit amid layers that only one other device can run: that device needs a stage before and one after it.
-        if config.plan.contiguous is not None:
+        if config.contiguous is not None or config.schedule != "gpipe":
             raise
-        return find(costs, setting.topology, contiguous=False, **settings)
+        return hetero.plan(costs, setting.topology, objective=config.objective, contiguous=False, **settings)
+
+
+def constraints(setting: Setting) -> dict[str, Any]:
+    """What a configuration asks of every plan, as arguments of `hetero.plan`."""
+    plan = setting.config.plan
+    return {"pins": plan.pins, "colocate": plan.colocate, "recompute": plan.recompute}
+
+
+def fleet_plan_arm(setting: Setting, arm: str) -> FleetPlan:
+    """The most forward throughput of an arm's replicas on more devices than one pipeline is searched on.
+
+    Raises:
+        ConfigError: the configuration asks for what only a plan of one pipeline heeds.
+        PlacementError: no pipeline is possible.
+    """
+    from hetero.planner.fleet import plan_fleet
+
+    plan = setting.config.plan
+    n = len(setting.topology.devices)
+    heeded = {"objective": "throughput", "pins": {}, "colocate": (), "recompute": "never"}
+    if ignored := [name for name, value in heeded.items() if getattr(plan, name) != value]:
+        raise setting.loaded.source.error(
+            ("plan", ignored[0]),
+            f"{n} devices are planned as a fleet of replicas, for throughput and without constraints",
+            remedy=f"plan.objective=throughput and no pins, colocate or recompute, or at most {MOST_DEVICES} devices",
+        )
+    costs = costs_of(setting, arm)
+    first = {group.members[0] for group in setting.topology.classes()}
+    layers = (
+        dataclasses.replace(layer, times={name: time for name, time in layer.times.items() if name in first})
+        for layer in costs.layers
+    )
+    return plan_fleet(dataclasses.replace(costs, layers=tuple(layers)), setting.topology)
 
 
 def read_plan(setting: Setting, file: Path) -> hetero.Plan:
@@ -98,6 +165,7 @@ def read_plan(setting: Setting, file: Path) -> hetero.Plan:
         "layers": list(placed),
         "n_microbatches": plan.n_microbatches,
         "objective": plan.objective,
+        "schedule": plan.schedule,
         "pins": {layer: placed.get(layer) for layer in config.plan.pins},
         "devices": used,
     }
@@ -105,6 +173,7 @@ def read_plan(setting: Setting, file: Path) -> hetero.Plan:
         "layers": layer_names(config.model),
         "n_microbatches": config.plan.n_microbatches,
         "objective": config.plan.objective,
+        "schedule": config.plan.schedule,
         "pins": config.plan.pins,
         "devices": [device for device in used if device in here],
     }
@@ -124,6 +193,11 @@ def example_batch(setting: Setting, step: int = 0) -> lm.Batch:
         seed=2**31 + 1,
         dropout=config.model.dropout > 0,
     )
+
+
+def validation_batches(setting: Setting, steps: int) -> list[lm.Batch]:
+    """Batches to measure with: others than the one that was profiled, a few where many steps are wanted."""
+    return [example_batch(setting, step) for step in range(1, 1 + min(max(steps, 1), _MOST_BATCHES))]
 
 
 def require_real(setting: Setting) -> None:

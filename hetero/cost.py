@@ -14,12 +14,14 @@ class LayerTime:
     Attributes:
         forward_s: median of a forward pass [s], without the fixed cost of entering a stage.
         backward_s: median of a backward pass [s], likewise.
-        error: half width of the relative interval around both (0.1: +-10 %), from the spread of the repetitions.
+        error: both times t are expected within t / (1 + error) and t (1 + error); from the spread of the repetitions.
         source: `profiled`, `roofline` or `given`.
         call_bytes: what one micro-batch in flight keeps there as the layer is compiled for the device [B]; where it is
             more than the layer's `saved_bytes`, it counts instead.
         scratch_bytes: memory beside that which the layer needs on the device while it runs [B]. Layers of a stage share
             it, so their sum is an upper bound.
+        usd: what one micro-batch of a step costs there beside the device's rent, as calls of a quantum processor do
+            [USD].
     """
 
     forward_s: float
@@ -28,6 +30,7 @@ class LayerTime:
     source: str
     call_bytes: int = 0
     scratch_bytes: int = 0
+    usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class LayerCost:
         saved_bytes: activations kept for the backward pass of one micro-batch [B].
         flops: of a forward pass of one micro-batch [FLOP].
         times: device name -> time; a device that is missing can't run the layer.
+        recompute_bytes: the part of `saved_bytes` that stays where the layer is run a second time in its backward pass:
+            its input [B]; None: the output of the layer before it, nothing for the first layer.
     """
 
     name: str
@@ -53,6 +58,7 @@ class LayerCost:
     saved_bytes: int
     flops: float
     times: dict[str, LayerTime]
+    recompute_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,12 @@ class Costs:
     overheads: dict[str, StageOverhead] = field(default_factory=dict)
     transfers: dict[str, tuple[float, float]] = field(default_factory=dict)
     optimizer_factor: float = 3.0
+
+    def kept_bytes(self, layer: int) -> int:
+        """What stays of a micro-batch where that layer is run a second time in its backward pass [B]."""
+        if (given := self.layers[layer].recompute_bytes) is not None:
+            return given
+        return self.layers[layer - 1].output_bytes if layer else 0
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""

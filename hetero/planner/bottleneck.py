@@ -64,7 +64,7 @@ class _Reach:
         self.prefix = np.vstack([np.zeros(len(runs[0])), np.cumsum(self.times, axis=0)])
         self.stop = np.empty((len(self.reps), self.n_layers + 1), np.int64)
         for c, d in enumerate(self.reps):
-            nbytes = np.concatenate([[0], np.cumsum(problem.nbytes[:, d])])
+            nbytes = np.concatenate([[0], np.cumsum(problem.least_bytes[:, d])])
             fits = np.searchsorted(nbytes.astype(float), nbytes + float(problem.limits[d]), side="right") - 1
             gaps = np.append(np.flatnonzero(~runs[:, d]), self.n_layers)
             self.stop[c] = np.minimum(fits, gaps[np.searchsorted(gaps, np.arange(self.n_layers + 1))])

@@ -113,21 +113,23 @@ def completion(
 ) -> Completion:
     """The completion table for multipliers of the core groups (forward and backward loads)."""
     member = np.array([[d in group for d in range(len(problem.devices))] for group in problem.core_groups], float)
-    factor_f, factor_b = weights.forward + forward @ member, weights.backward + backward @ member
+    busy = problem.busy_rate
+    factor_f, factor_b = weights.forward + busy + forward @ member, weights.backward + busy + backward @ member
     runs = np.isfinite(problem.forward)
     price = np.where(runs, factor_f * np.where(runs, problem.forward, 0), np.inf)
-    price += factor_b * np.where(runs, problem.backward, 0)
+    price += factor_b * np.where(runs, problem.backward, 0) + problem.calls
     opening = factor_f * problem.overhead[:, 0] + factor_b * problem.overhead[:, 1]
     reps = classes.representatives
     n_layers, n_classes = len(problem.layers), len(reps)
     table = np.zeros((n_layers + 1, len(states.after), n_classes))
     opened = np.empty(0)
     for i in reversed(range(n_layers)):
-        opened = _opened(price[i, reps] + opening[reps], table[i + 1], states)
-        if i:
+        table[i] = price[i, reps] + table[i + 1]
+        if not problem.joined[i]:
+            opened = _opened(price[i, reps] + opening[reps], table[i + 1], states)
+        if i and not problem.joined[i]:
             hop = _hop(problem, weights, classes, i)
-            switch = (opened[:, None, :] + hop[None, :, :]).min(axis=2)
-            table[i] = np.minimum(price[i, reps] + table[i + 1], switch)
+            table[i] = np.minimum(table[i], (opened[:, None, :] + hop[None, :, :]).min(axis=2))
     return Completion(forward, backward, price, opening, table, float(opened[0].min()))
 
 
@@ -165,7 +167,8 @@ def cheapest_loads(
         if i:
             opened = opened + _hop(problem, weights, classes, i)[last]
         c = int(np.argmin(opened))
-        if i and bound.price[i, reps[last]] + bound.table[i + 1, state, last] <= opened[c]:
+        staying = bound.price[i, reps[last]] + bound.table[i + 1, state, last] if i else np.inf
+        if problem.joined[i] or staying <= opened[c]:
             c = last
         else:
             state, last = int(states.after[state, c]), c

@@ -1,51 +1,37 @@
 """The placement problem as arrays, checked: what every solver reads and none has to question.
 
-Memory is counted for training under GPipe, whatever the objective: parameters, gradients and optimizer state of a
-layer, and what its backward pass needs for every micro-batch, since all are in flight at once. Costs of a model that
-is only run forwards have no trainable and no saved bytes.
+Memory is counted for training, whatever the objective: parameters, gradients and optimizer state of a layer, and what
+its backward pass needs for every micro-batch in flight. Under GPipe that is all of them; under 1F1B stage s of S holds
+min(m, S - s). A layer that is recomputed keeps its input only, and while its backward pass runs, the rest of what it
+saves for that one micro-batch. Costs of a model that is only run forwards have no trainable and no saved bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetero.errors import DeviceError, PlacementError
+from hetero.errors import PlacementError
+from hetero.planner import arrays, checks
+from hetero.schedule import GPIPE, ONE_F_ONE_B, SCHEDULES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hetero.cost import Costs, LayerCost
-    from hetero.device import Device
+    from hetero.planner.arrays import Pool
     from hetero.topology import Topology
 
-OBJECTIVES = ("latency", "throughput", "train_step")
+OBJECTIVES = ("latency", "throughput", "train_step", "energy", "dollars")
+
+RECOMPUTE = ("never", "allowed")
 
 Floats = NDArray[np.float64]
-
-_BYTES_OF = "(parameters, gradients, optimizer state, activations of all micro-batches)"
-_MORE_MEMORY = "a smaller batch or model, a larger max_memory, or one more device"
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Devices that share memory.
-
-    Attributes:
-        name: of the pool.
-        members: indices of its devices.
-        limit: what they may fill together [B].
-    """
-
-    name: str
-    members: tuple[int, ...]
-    limit: int
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,41 +42,80 @@ class Problem:
         layers: names.
         devices: names of those that can run at least one layer.
         objective: one of `OBJECTIVES`.
+        schedule: `gpipe` or `1f1b`.
         n_microbatches: of a step.
         forward: (L, D) time of one micro-batch [s]; infinite: the device can't run the layer.
         backward: (L, D) likewise; finite wherever `forward` is.
         overhead: (D, 2) fixed time of a stage's forward and backward call [s].
         contention: (D, 2) how many times as long passes take where devices of two `crews` are used.
         crews: devices that slow those of the others.
-        nbytes: (L, D) memory that a layer fills on a device [B].
+        rate: (D,) what a second of a step costs for each device that is used [J/s or USD/s]; 0 in other objectives.
+        busy_rate: (D,) what m seconds of work cost beside that [J/s].
+        calls: (L, D) what a step's calls of a layer cost beside that [USD].
+        fixed: (L, D) memory that a layer fills on a device, whatever is in flight [B].
+        saved: (L, D) and what it saves there for the backward pass of each micro-batch in flight [B].
+        kept: (L, D) the part of it that stays where the layer is recomputed; all of it where it can't be.
         latency: (D, D) time of an empty transfer [s]; infinite: no link.
         inverse_bandwidth: (D, D) [s/B].
         output_bytes: (L,) what a layer hands to the next one for one micro-batch [B].
         limits: (D,) memory of each device [B].
         pools: memory that several devices share.
         core_groups: devices that compute on one core, their loads add up; a device without cores is a group of its own.
+        media: (D, D) each: the pairs whose hand-overs one medium carries, where a plan may have several; they add up.
         conflicts: for each device, the devices that are the same hardware and can't be in one plan with it.
+        joined: (L,) whether a layer has to be on the device of the layer before it.
+        ties: layers that have to be on one device, though others may come between.
         contiguous: whether a device holds one interval at most; otherwise its stages' loads and bytes add up.
     """
 
     layers: tuple[str, ...]
     devices: tuple[str, ...]
     objective: str
+    schedule: str
     n_microbatches: int
     forward: Floats
     backward: Floats
     overhead: Floats
     contention: Floats
     crews: tuple[tuple[int, ...], ...]
-    nbytes: NDArray[np.int64]
+    rate: Floats
+    busy_rate: Floats
+    calls: Floats
+    fixed: NDArray[np.int64]
+    saved: NDArray[np.int64]
+    kept: NDArray[np.int64]
     latency: Floats
     inverse_bandwidth: Floats
     output_bytes: Floats
     limits: NDArray[np.int64]
     pools: tuple[Pool, ...]
     core_groups: tuple[tuple[int, ...], ...]
+    media: tuple[NDArray[np.bool_], ...]
     conflicts: tuple[tuple[int, ...], ...]
+    joined: NDArray[np.bool_]
+    ties: tuple[tuple[int, ...], ...] = ()
     contiguous: bool = True
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """(L, D) memory of layers that save everything for all micro-batches [B]: the most that they can fill."""
+        return self.fixed + self.n_microbatches * self.saved
+
+    @property
+    def least_bytes(self) -> NDArray[np.int64]:
+        """(L, D) the least that they fill in any plan [B]."""
+        return self.fixed + (self.n_microbatches if self.schedule == GPIPE else 1) * self.kept
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether there is a layer that needs less memory when it is run again in its backward pass."""
+        return bool((self.kept < self.saved).any())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only times, memory, pins and links matter: not colocation, recomputation, media, 1F1B, rates."""
+        is_bound = self.joined.any() or self.ties or self.media or self.can_recompute
+        return self.schedule == GPIPE and self.objective not in ("energy", "dollars") and not is_bound
 
     def transfer(self, layer: int) -> Floats:
         """(D, D) seconds to hand the output of a layer from one device to another; 0 on the diagonal."""
@@ -102,6 +127,47 @@ class Problem:
         forward = self.forward.copy()
         forward[:, self.devices.index(device)] = np.inf
         return dataclasses.replace(self, forward=forward)
+
+    def only(self, devices: Sequence[int]) -> Problem:
+        """The same problem with these devices alone, in this order."""
+        of = {d: k for k, d in enumerate(devices)}
+        chosen = list(devices)
+        pair = np.ix_(chosen, chosen)
+
+        def inside(groups: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+            return tuple(kept for group in groups if (kept := tuple(of[d] for d in group if d in of)))
+
+        pools = (dataclasses.replace(p, members=m) for p in self.pools for m in inside([p.members]))
+        tables = ("forward", "backward", "calls", "fixed", "saved", "kept")
+        rows = ("overhead", "contention", "rate", "busy_rate", "limits")
+        return dataclasses.replace(
+            self,
+            devices=tuple(self.devices[d] for d in chosen),
+            **{name: getattr(self, name)[:, chosen] for name in tables},
+            **{name: getattr(self, name)[chosen] for name in rows},
+            latency=self.latency[pair],
+            inverse_bandwidth=self.inverse_bandwidth[pair],
+            crews=inside(self.crews),
+            pools=tuple(pools),
+            core_groups=tuple(dict.fromkeys(inside(self.core_groups))),
+            media=tuple(medium[pair] for medium in self.media),
+            conflicts=tuple(tuple(of[k] for k in self.conflicts[d] if k in of) for d in chosen),
+        )
+
+    def reversed(self) -> Problem:
+        """The same problem with the layers from the last to the first; hand-overs lead the other way."""
+        tables = ("forward", "backward", "calls", "fixed", "saved", "kept")
+        n = len(self.layers)
+        return dataclasses.replace(
+            self,
+            layers=self.layers[::-1],
+            **{name: getattr(self, name)[::-1] for name in tables},
+            latency=self.latency.T,
+            inverse_bandwidth=self.inverse_bandwidth.T,
+            output_bytes=np.append(self.output_bytes[-2::-1], 0.0),
+            joined=np.append(False, self.joined[:0:-1]),
+            ties=tuple(tuple(n - 1 - i for i in reversed(tie)) for tie in self.ties),
+        )
 
     def cases(self) -> list[Problem]:
         """Problems without contention; each placement costs as much in the cheapest one as it does here.
@@ -131,46 +197,51 @@ def build(
     topology: Topology,
     *,
     objective: str = "train_step",
+    schedule: str = GPIPE,
     n_microbatches: int | None = None,
     max_memory: Mapping[str, int] | None = None,
     pins: Mapping[str, str] | None = None,
+    colocate: Sequence[Sequence[str]] = (),
+    recompute: str = "never",
     contiguous: bool = True,
 ) -> Problem:
     """Check everything and put it into arrays.
 
     Args:
         costs: of the layers for one micro-batch.
-        topology: devices and links; `costs.transfers` takes precedence over the links.
+        topology: devices and links; `costs.transfers` takes precedence over the links' times.
         objective: one of `OBJECTIVES`.
+        schedule: `gpipe` or `1f1b`.
         n_microbatches: None or `costs.n_microbatches`.
         max_memory: name of a device or memory pool -> bytes that the plan may fill there.
         pins: name of a layer -> name of the device that has to run it.
+        colocate: groups of names of layers that have to be on one device.
+        recompute: `never`, or `allowed`: layers may be run again in their backward pass, where the device can do that.
         contiguous: whether a device holds one interval of layers at most.
 
     Raises:
         PlacementError: something is wrong with the request, or a layer can run nowhere or fits nowhere.
     """
-    if objective not in OBJECTIVES:
-        raise PlacementError(f"unknown objective {objective!r}", expected=" or ".join(OBJECTIVES))
-    _check_microbatches(costs, n_microbatches)
-    _check_costs(costs)
+    _check_options(objective, schedule, recompute, contiguous)
+    checks.check_microbatches(costs, n_microbatches)
+    checks.check_costs(costs)
     pins, max_memory = dict(pins or {}), dict(max_memory or {})
-    _check_pins(costs, topology, pins)
-    names = [device.name for device in topology.devices]
-    able = {layer.name: _able_devices(layer, topology, pins) for layer in costs.layers}
-    devices = [topology.device(name) for name in names if any(name in run for run in able.values())]
-    limits = _limits(devices, topology, max_memory)
-    pools = _pools(devices, topology, max_memory)
-    nbytes = np.array([[layer_bytes(layer, costs, d.name) for d in devices] for layer in costs.layers], np.int64)
-    for layer, needed in zip(costs.layers, nbytes.tolist(), strict=True):
-        _check_fits(layer.name, needed, able[layer.name], devices, limits, pools)
-    forward, backward = _times(costs, devices, able)
-    latency, inverse_bandwidth = _links(costs, topology, devices)
+    checks.check_pins(costs, topology, pins)
+    groups = colocated(costs, colocate, contiguous=contiguous)
+    able = [_able_devices(layer, topology, pins) for layer in costs.layers]
+    _narrow(able, groups, costs)
+    devices = [device for device in topology.devices if any(device.name in names for names in able)]
+    checks.check_figures_of(devices, objective)
+    forward, backward, calls = arrays.times(costs, devices, able)
+    fixed, saved, kept = arrays.memory(costs, devices, recompute=recompute == "allowed")
+    latency, inverse_bandwidth = arrays.links(costs, topology, devices)
     overheads = [costs.overheads.get(device.name) for device in devices]
-    return Problem(
+    rate, busy_rate = arrays.rates(devices, objective, costs.n_microbatches)
+    problem = Problem(
         layers=tuple(layer.name for layer in costs.layers),
         devices=tuple(device.name for device in devices),
         objective=objective,
+        schedule=schedule,
         n_microbatches=costs.n_microbatches,
         forward=forward,
         backward=backward,
@@ -178,91 +249,81 @@ def build(
         contention=np.array(
             [(o.contended_forward or 1.0, o.contended_backward or 1.0) if o else (1.0, 1.0) for o in overheads]
         ),
-        crews=() if objective == "latency" else _crews(devices, costs),
-        nbytes=nbytes,
+        crews=() if objective == "latency" else arrays.crews(devices, costs),
+        rate=rate,
+        busy_rate=busy_rate,
+        calls=calls * (costs.n_microbatches if objective == "dollars" else 0),
+        fixed=fixed,
+        saved=saved,
+        kept=kept,
         latency=latency,
         inverse_bandwidth=inverse_bandwidth,
         output_bytes=np.array([layer.output_bytes for layer in costs.layers], float),
-        limits=np.array(limits, np.int64),
-        pools=pools,
-        core_groups=_core_groups(devices),
+        limits=np.array(arrays.limits(devices, topology, max_memory), np.int64),
+        pools=arrays.pools(devices, topology, max_memory),
+        core_groups=arrays.core_groups(devices),
+        media=arrays.media(devices, topology, contiguous=contiguous) if objective == "throughput" else (),
         conflicts=tuple(tuple(j for j, b in enumerate(devices) if a.overlaps(b)) for a in devices),
+        joined=np.array([i > 0 and any({i - 1, i} <= set(g) for g in groups) for i in range(len(able))]),
+        ties=() if contiguous else tuple(groups),
         contiguous=contiguous,
     )
+    checks.check_fits(problem)
+    return problem
 
 
-def _crews(devices: Sequence[Device], costs: Costs) -> tuple[tuple[int, ...], ...]:
-    crews: dict[str, list[int]] = {}
-    for d, device in enumerate(devices):
-        overhead = costs.overheads.get(device.name)
-        if overhead is not None and overhead.contended_forward is not None:
-            crews.setdefault(overhead.crew or device.name, []).append(d)
-    return tuple(map(tuple, crews.values()))
-
-
-def layer_bytes(layer: LayerCost, costs: Costs, device: str) -> int:
-    """Memory that a layer fills on a device in a training step with all micro-batches in flight [B]."""
-    training = math.ceil(costs.optimizer_factor * layer.trainable_bytes)
-    own = layer.times.get(device)
-    saved = max(layer.saved_bytes, own.call_bytes if own else 0)
-    return layer.parameter_bytes + training + saved * costs.n_microbatches + (own.scratch_bytes if own else 0)
-
-
-def _check_microbatches(costs: Costs, n_microbatches: int | None) -> None:
-    if costs.n_microbatches < 1 or (n_microbatches is not None and n_microbatches < 1):
-        found = costs.n_microbatches if n_microbatches is None else n_microbatches
-        raise PlacementError("a step needs at least one micro-batch", found=str(found), expected="1 or more")
-    if n_microbatches not in (None, costs.n_microbatches):
+def _check_options(objective: str, schedule: str, recompute: str, contiguous: bool) -> None:
+    if objective not in OBJECTIVES:
+        raise PlacementError(f"unknown objective {objective!r}", expected=" or ".join(OBJECTIVES))
+    if schedule not in SCHEDULES:
+        raise PlacementError(f"unknown schedule {schedule!r}", expected=" or ".join(SCHEDULES))
+    if recompute not in RECOMPUTE:
+        raise PlacementError(f"recompute is {recompute!r}", expected=" or ".join(RECOMPUTE))
+    if schedule == ONE_F_ONE_B and (objective != "train_step" or not contiguous):
         raise PlacementError(
-            "the costs are for another number of micro-batches",
-            found=f"n_microbatches={n_microbatches}, costs measured for {costs.n_microbatches}",
-            remedy=f"profile again with n_microbatches={n_microbatches}: the time of a micro-batch depends on its size",
+            "1f1b is a schedule of training steps in which a device holds one stage",
+            found=f"objective {objective!r}, contiguous={contiguous}",
+            expected="objective 'train_step', contiguous=True",
+            remedy="leave one of them out, or use schedule='gpipe'",
         )
 
 
-def _check_costs(costs: Costs) -> None:
-    """Every figure is finite and not negative; there are layers, and their names differ."""
-    if not costs.layers:
-        raise PlacementError("there are no layers to place")
-    names = [layer.name for layer in costs.layers]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise PlacementError(f"two layers are called {twice[0]!r}", expected="names that differ")
-    _check_figures("costs", {"optimizer_factor": costs.optimizer_factor})
-    for layer in costs.layers:
-        fields = ("parameter_bytes", "trainable_bytes", "output_bytes", "saved_bytes", "flops")
-        _check_figures(f"layer {layer.name!r}", {name: getattr(layer, name) for name in fields})
-        for device, time in layer.times.items():
-            _check_figures(f"layer {layer.name!r} on {device!r}", vars(time))
-    for device, overhead in costs.overheads.items():
-        _check_figures(f"overhead of {device!r}", vars(overhead))
-        for name in ("contended_forward", "contended_backward"):
-            if (ratio := getattr(overhead, name)) is not None and ratio < 1:
-                raise PlacementError(f"overhead of {device!r}: {name} is {ratio}", expected="at least 1, or None")
-    for pair, (latency, bandwidth) in costs.transfers.items():
-        _check_figures(f"transfer {pair!r}", {"latency": latency})
-        if not bandwidth > 0:
-            raise PlacementError(f"transfer {pair!r}: bandwidth is {bandwidth}", expected="more than 0 B/s")
+def colocated(costs: Costs, colocate: Sequence[Sequence[str]], *, contiguous: bool) -> list[tuple[int, ...]]:
+    """Groups of layers (indices, rising) that have to be on one device; no layer is in two of them.
 
-
-def _check_figures(what: str, figures: Mapping[str, object]) -> None:
-    for name, value in figures.items():
-        if isinstance(value, Real) and not (float(value) >= 0 and math.isfinite(float(value))):
-            raise PlacementError(f"{what}: {name} is {value}", expected="a finite number, not negative")
-
-
-def _check_pins(costs: Costs, topology: Topology, pins: Mapping[str, str]) -> None:
-    names = [layer.name for layer in costs.layers]
-    for layer, device in pins.items():
-        if layer not in names:
-            raise PlacementError(f"pinned layer {layer!r} does not exist", found=", ".join(names))
-        try:
-            topology.device(device)
-        except DeviceError as error:
+    Where a device holds one interval of layers, a group comes with all layers between its own.
+    """
+    index = {layer.name: i for i, layer in enumerate(costs.layers)}
+    found: list[set[int]] = []
+    for names in colocate:
+        if isinstance(names, str) or (unknown := [name for name in names if name not in index]):
+            what = f"{names!r} is no group" if isinstance(names, str) else f"layer {unknown[0]!r} does not exist"
             raise PlacementError(
-                f"layer {layer!r} is pinned to {device!r}, which does not exist",
-                found=error.found,
-                remedy=error.remedy,
-            ) from None
+                f"colocate: {what}", found=", ".join(index), expected="groups of layers' names, e.g. [('a', 'b')]"
+            )
+        group = {index[name] for name in names}
+        if contiguous and group:
+            group = set(range(min(group), max(group) + 1))
+        for other in [other for other in found if other & group]:
+            group |= other
+            found.remove(other)
+        found.append(group)
+    return [tuple(sorted(group)) for group in found if len(group) > 1]
+
+
+def _narrow(able: list[list[str]], groups: Sequence[tuple[int, ...]], costs: Costs) -> None:
+    """Leave each layer of a group the devices that can run all of the group."""
+    for group in groups:
+        common = [name for name in able[group[0]] if all(name in able[i] for i in group)]
+        if not common:
+            raise PlacementError(
+                f"layers {', '.join(repr(costs.layers[i].name) for i in group)} have to be on one device",
+                found="; ".join(f"{costs.layers[i].name!r} can run on {', '.join(able[i])}" for i in group),
+                expected="a device that can run all of them",
+                remedy="colocate fewer layers, remove a pin, or contiguous=False: it leaves out those between them",
+            )
+        for i in group:
+            able[i] = common
 
 
 def _able_devices(layer: LayerCost, topology: Topology, pins: Mapping[str, str]) -> list[str]:
@@ -270,143 +331,9 @@ def _able_devices(layer: LayerCost, topology: Topology, pins: Mapping[str, str])
     devices = [d for d in topology.devices if d.name in layer.times and (layer.apis is None or d.api in layer.apis)]
     able = [device.name for device in devices]
     if not able:
-        _refuse_unrunnable(layer, topology)
+        checks.refuse_unrunnable(layer, topology)
     if (pin := pins.get(layer.name)) is None:
         return able
     if pin not in able:
         raise PlacementError(f"layer {layer.name!r} is pinned to {pin!r}, which can't run it", found=", ".join(able))
     return [pin]
-
-
-def _refuse_unrunnable(layer: LayerCost, topology: Topology) -> NoReturn:
-    needed = layer.apis or tuple(layer.times)
-    reasons = [f"{a.api} is absent: {a.reason}" for a in topology.absences if a.api in needed]
-    remedies = [a.remedy for a in topology.absences if a.api in needed]
-    raise PlacementError(
-        f"layer {layer.name!r} can run on no device",
-        found="; ".join([", ".join(topology.names), *reasons]),
-        expected=f"a device of {' or '.join(needed)}" if needed else "costs on at least one device",
-        remedy="; ".join(remedies),
-    )
-
-
-def _limits(devices: Sequence[Device], topology: Topology, max_memory: Mapping[str, int]) -> list[int]:
-    known = {device.name: device.memory_bytes for device in topology.devices}
-    for device in topology.devices:
-        if device.memory_pool:
-            known.setdefault(device.memory_pool, 0)
-            known[device.memory_pool] = max(known[device.memory_pool], device.memory_bytes)
-    for name, limit in max_memory.items():
-        if name not in known:
-            raise PlacementError(f"max_memory names {name!r}, which does not exist", found=", ".join(known))
-        if not 0 <= limit <= known[name]:
-            raise PlacementError(
-                f"max_memory of {name!r} is {limit} B", expected=f"0 to the {known[name]} B that it has"
-            )
-    return [int(max_memory.get(device.name, device.memory_bytes)) for device in devices]
-
-
-def _pools(devices: Sequence[Device], topology: Topology, max_memory: Mapping[str, int]) -> tuple[Pool, ...]:
-    """The shared memories; the limit of one is what its largest device may fill."""
-    pools = []
-    for name in dict.fromkeys(device.memory_pool for device in devices if device.memory_pool):
-        members = tuple(k for k, device in enumerate(devices) if device.memory_pool == name)
-        largest = max(device.memory_bytes for device in topology.devices if device.memory_pool == name)
-        pools.append(Pool(name, members, int(max_memory.get(name, largest))))
-    return tuple(pools)
-
-
-def _check_fits(
-    layer: str,
-    needed: Sequence[int],
-    able: Sequence[str],
-    devices: Sequence[Device],
-    limits: Sequence[int],
-    pools: Sequence[Pool],
-) -> None:
-    """A layer that is larger than any device that can run it needs no search."""
-    free = {
-        device.name: min([limits[k], *(pool.limit for pool in pools if k in pool.members)])
-        for k, device in enumerate(devices)
-        if device.name in able
-    }
-    wanted = {device.name: nbytes for device, nbytes in zip(devices, needed, strict=True) if device.name in able}
-    if all(wanted[name] > free[name] for name in free):
-        refuse_memory(layer, min(wanted.values()), free)
-
-
-def refuse_short_memory(problem: Problem) -> None:
-    """Raise the error where the layers need more memory than all devices that can run any have together.
-
-    Found here it costs no search; a search would have to try every way to fill the devices.
-    """
-    members = [d for d, times in enumerate(problem.forward.T) if np.isfinite(times).any()]
-    left, free = set(members), 0
-    for pool in problem.pools:
-        inside = left & set(pool.members)
-        free += min(pool.limit, sum(int(problem.limits[d]) for d in inside))
-        left -= inside
-    free += sum(int(problem.limits[d]) for d in left)
-    least = np.where(np.isfinite(problem.forward), problem.nbytes, np.iinfo(np.int64).max).min(axis=1)
-    if (needed := sum(least.tolist())) > free:
-        raise PlacementError(
-            "the layers need more memory than all devices have together",
-            found=f"{free} B free on {', '.join(problem.devices[d] for d in members)}",
-            expected=f"{needed} B {_BYTES_OF}",
-            remedy=_MORE_MEMORY,
-        )
-
-
-def refuse_memory(layer: str, needed: int, free: Mapping[str, int], *, after: str = "") -> NoReturn:
-    """Raise the error for a layer that fits on none of the devices.
-
-    Args:
-        layer: its name.
-        needed: what it fills [B].
-        free: device -> what is free there at best [B].
-        after: what fills the rest, in words.
-    """
-    raise PlacementError(
-        f"layer {layer!r} fits on no device{after}",
-        found=", ".join(f"{bytes_free} B free on {name}" for name, bytes_free in free.items()),
-        expected=f"{needed} B {_BYTES_OF}",
-        remedy=_MORE_MEMORY,
-    )
-
-
-def _times(costs: Costs, devices: Sequence[Device], able: Mapping[str, Sequence[str]]) -> tuple[Floats, Floats]:
-    forward = np.full((len(costs.layers), len(devices)), np.inf)
-    backward = np.full_like(forward, np.inf)
-    for i, layer in enumerate(costs.layers):
-        for d, device in enumerate(devices):
-            if device.name in able[layer.name]:
-                forward[i, d] = layer.times[device.name].forward_s
-                backward[i, d] = layer.times[device.name].backward_s
-    return forward, backward
-
-
-def _links(costs: Costs, topology: Topology, devices: Sequence[Device]) -> tuple[Floats, Floats]:
-    """Latency and inverse bandwidth between all pairs; an infinite latency where there is no link."""
-    latency, inverse = np.zeros((len(devices), len(devices))), np.zeros((len(devices), len(devices)))
-    for i, a in enumerate(devices):
-        for j, b in enumerate(devices):
-            if i == j:
-                continue
-            if (given := costs.transfers.get(f"{a.name}->{b.name}")) is not None:
-                latency[i, j], inverse[i, j] = given[0], 1 / given[1]
-                continue
-            try:
-                link = topology.link(a.name, b.name)
-            except DeviceError:
-                latency[i, j] = np.inf
-            else:
-                latency[i, j], inverse[i, j] = link.latency_s, 1 / link.bandwidth
-    return latency, inverse
-
-
-def _core_groups(devices: Sequence[Device]) -> tuple[tuple[int, ...], ...]:
-    """For each core the devices on it, without groups that lie within another one."""
-    cores = {core for device in devices for core in device.cores}
-    groups = {tuple(k for k, device in enumerate(devices) if core in device.cores) for core in cores}
-    groups |= {(k,) for k, device in enumerate(devices) if not device.cores}
-    return tuple(sorted(g for g in groups if not any(set(g) < set(other) for other in groups)))

@@ -59,10 +59,11 @@ def _interchangeable(problem: Problem, u: int, v: int) -> bool:
         return False
     if problem.limits[u] != problem.limits[v]:
         return False
-    of_layers = (problem.forward, problem.backward, problem.nbytes)
+    of_layers = (problem.forward, problem.backward, problem.calls, problem.fixed, problem.saved, problem.kept)
     if not all(np.array_equal(table[:, u], table[:, v]) for table in of_layers):
         return False
-    if not all(np.array_equal(table[u], table[v]) for table in (problem.overhead, problem.contention)):
+    of_devices = (problem.overhead, problem.contention, problem.rate, problem.busy_rate)
+    if not all(np.array_equal(table[u], table[v]) for table in of_devices):
         return False
     if any((u in crew) != (v in crew) for crew in problem.crews):
         return False
@@ -71,6 +72,10 @@ def _interchangeable(problem: Problem, u: int, v: int) -> bool:
         inward = np.array_equal(table[others, u], table[others, v])
         if not (outward and inward and table[u, v] == table[v, u]):
             return False
+    swapped = np.arange(len(problem.devices))
+    swapped[[u, v]] = v, u
+    if {medium[np.ix_(swapped, swapped)].tobytes() for medium in problem.media} != {m.tobytes() for m in problem.media}:
+        return False
     sharing = [group for group in problem.core_groups if len(group) > 1 and (u in group) != (v in group)]
     pools = [{pool.limit for pool in problem.pools if k in pool.members and len(pool.members) == 1} for k in (u, v)]
     shared_pools = [
