@@ -12,7 +12,7 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 BIN   := $(VENV)/bin
 
-.PHONY: setup run test test-all check bench clean
+.PHONY: setup run test test-compiler test-others test-all check bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -22,14 +22,24 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: $(PYTHON) is older than Python 3.11; name another one: make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m hetero.planner.compiled
 	@touch $@
 
 run: $(STAMP)
 	$(BIN)/heteroq run $(CONFIG) $(ARGS)
 
+# Two processes, of about equal length: most of the time goes into compiling kernels, one at a time in each process.
+COMPILER_TESTS := $(wildcard tests/numerics/test_compile_*.py)
+
 test: $(STAMP)
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory -j2 test-compiler test-others
+
+test-compiler: $(STAMP)
+	$(BIN)/python -m pytest $(COMPILER_TESTS)
+
+test-others: $(STAMP)
+	$(BIN)/python -m pytest $(COMPILER_TESTS:%=--ignore=%)
 
 test-all: $(STAMP)
 	$(BIN)/lint-imports
