@@ -221,21 +221,6 @@ def _plan(options: argparse.Namespace) -> None:
         print()
 
 
-def _plan_workload(options: argparse.Namespace) -> None:
-    from experiments import plan_workload
-
-    plan_workload.refuse_other_options(options)
-    objective, contiguous = options.objective or "throughput", options.contiguous is not False
-    time_limit_s = 60.0 if options.time_limit is None else options.time_limit
-    workload, placement = plan_workload.plan_file(
-        options.workload, objective=objective, contiguous=contiguous, time_limit_s=time_limit_s
-    )
-    if options.json:
-        print(_json(placement.to_json(workload)))
-        return
-    print(plan_workload.text(workload, placement, objective=objective, contiguous=contiguous))
-
-
 def _plan_fleet(setting: Any, options: argparse.Namespace) -> None:
     """Plan each arm's replicas on a fleet."""
     from experiments import planning

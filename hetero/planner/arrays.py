@@ -158,7 +158,8 @@ def limits(devices: Sequence[Device], topology: Topology, max_memory: Mapping[st
             raise PlacementError(
                 f"max_memory of {name!r} is {limit} B", expected=f"0 to the {known[name]} B that it has"
             )
-    return [int(max_memory.get(device.name, device.memory_bytes)) for device in devices]
+    most = np.iinfo(np.int64).max
+    return [min(int(max_memory.get(device.name, device.memory_bytes)), most) for device in devices]
 
 
 def pools(devices: Sequence[Device], topology: Topology, max_memory: Mapping[str, int]) -> tuple[Pool, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hetero.topology import Topology
 
 _BYTES_OF = "(parameters, gradients, optimizer state, activations of all micro-batches in flight)"
+_MOST_BYTES = 2**62
 _MORE_MEMORY = "a smaller batch or model, a larger max_memory, recompute='allowed', or one more device"
 
 
@@ -49,15 +50,35 @@ def check_costs(costs: Costs) -> None:
         _check_figures(f"layer {layer.name!r}", {name: getattr(layer, name) for name in fields})
         for device, time in layer.times.items():
             _check_figures(f"layer {layer.name!r} on {device!r}", vars(time))
+        _check_size(layer, costs)
     for device, overhead in costs.overheads.items():
         _check_figures(f"overhead of {device!r}", vars(overhead))
         for name in ("contended_forward", "contended_backward"):
             if (ratio := getattr(overhead, name)) is not None and ratio < 1:
                 raise PlacementError(f"overhead of {device!r}: {name} is {ratio}", expected="at least 1, or None")
     for pair, (latency, bandwidth) in costs.transfers.items():
-        _check_figures(f"transfer {pair!r}", {"latency": latency})
-        if not bandwidth > 0:
-            raise PlacementError(f"transfer {pair!r}: bandwidth is {bandwidth}", expected="more than 0 B/s")
+        _check_link(f"transfer {pair!r}", latency, bandwidth)
+
+
+def _check_size(layer: LayerCost, costs: Costs) -> None:
+    """The planner adds sizes up in 64 bits."""
+    state = layer.parameter_bytes + costs.optimizer_factor * layer.trainable_bytes
+    saved = max([layer.saved_bytes, *(time.call_bytes for time in layer.times.values())])
+    scratch = max((time.scratch_bytes for time in layer.times.values()), default=0)
+    if len(costs.layers) * (most := state + costs.n_microbatches * saved + scratch) > _MOST_BYTES:
+        raise PlacementError(f"layer {layer.name!r} needs {most:.3g} B", expected="less: sizes are counted in 64 bits")
+
+
+def check_links(topology: Topology) -> None:
+    """Latencies are finite and not negative, bandwidths more than nothing."""
+    for link in topology.links:
+        _check_link(f"link {link.source!r} - {link.target!r}", link.latency_s, link.bandwidth)
+
+
+def _check_link(what: str, latency: float, bandwidth: float) -> None:
+    _check_figures(what, {"latency": latency})
+    if not bandwidth > 0:
+        raise PlacementError(f"{what}: bandwidth is {bandwidth}", expected="more than 0 B/s")
 
 
 def _check_figures(what: str, figures: Mapping[str, object]) -> None:
@@ -107,6 +128,8 @@ def check_figures_of(devices: Sequence[Device], objective: str) -> None:
                 expected=f"a finite number of {unit}, not negative",
                 remedy=f"give {field} in the topology file, or leave the device out with Topology.only",
             )
+        if objective == "energy":
+            _check_figures(f"device {device.name!r}", {"idle_power_w": device.idle_power_w})
 
 
 def check_fits(problem: Problem) -> None:

@@ -28,6 +28,7 @@ _PROOFS = {
     "bounded": "bounded under {}: the search ran out of time",
     "heuristic": "heuristic: the placement was given, not searched for, and has no bound",
 }
+_ROUNDING = 1e-9  # a part of the value: the solvers add the same times in another order
 _PRICES = {GPIPE: "the step-time formula", ONE_F_ONE_B: "the simulated schedule"}
 
 
@@ -101,7 +102,8 @@ def _alternative_table(plan: Plan) -> list[str]:
 
 def _faster_alternatives(plan: Plan) -> list[str]:
     """A note where a placement that the search did not see is faster, with the reason why it did not."""
-    faster = [other for other in plan.alternatives if other.value is not None and other.value < plan.value]
+    least = plan.value * (1 - _ROUNDING)
+    faster = [other for other in plan.alternatives if other.value is not None and other.value < least]
     return [f"note: {other.name} is faster: {_why_unseen(plan, other)}" for other in faster]
 
 

@@ -127,8 +127,9 @@ class _Best:
         while self.value < before and time.monotonic() < deadline:
             before = self.value
             for i in [i for i in range(1, len(self.path)) if self.path[i] != self.path[i - 1]]:
-                for at, device in ((i, self.path[i - 1]), (i - 1, self.path[i])):
-                    moved = (*self.path[:at], device, *self.path[at + 1 :])
+                path = self.path  # both moves start from this one: after each other they could tear a stage in two
+                for at, device in ((i, path[i - 1]), (i - 1, path[i])):
+                    moved = (*path[:at], device, *path[at + 1 :])
                     if self._is_allowed(moved):
                         self.consider(moved[::-1], self.recomputed[::-1])
 

@@ -225,6 +225,7 @@ def build(
     _check_options(objective, schedule, recompute, contiguous)
     checks.check_microbatches(costs, n_microbatches)
     checks.check_costs(costs)
+    checks.check_links(topology)
     pins, max_memory = dict(pins or {}), dict(max_memory or {})
     checks.check_pins(costs, topology, pins)
     groups = colocated(costs, colocate, contiguous=contiguous)

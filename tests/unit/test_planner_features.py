@@ -228,6 +228,21 @@ def test_a_plan_that_gpipe_has_no_memory_for_fits_under_1f1b():
     assert "1f1b" in made.explain()
 
 
+def test_the_local_search_of_1f1b_keeps_a_device_to_one_stage():
+    """Moving an end of a stage twice by what was there before the first move once tore a stage in two."""
+    at_a = [(7.0, 0.0), (0.0, 9.0), (6.0, 7.0), (2.0, 9.0), (8.0, 1.0)]
+    at_b = [(2.0, 4.0), (0.0, 7.0), (8.0, 4.0), (5.0, 2.0), (1.0, 5.0)]
+    layers = (layer(f"l{i}", {"a": a, "b": b}) for i, (a, b) in enumerate(zip(at_a, at_b, strict=True)))
+    costs = Costs(tuple(layers), 4)
+    for latency in range(6):
+        topology = Topology(devices("a", "b"), (Link("*", "*", float(latency), 1e18),))
+        made = plan(costs, topology, schedule="1f1b")
+        cuts = [[("a", 0, 4)], [("b", 0, 4)]]
+        cuts += [[(first, 0, i), (second, i + 1, 4)] for i in range(4) for first, second in ("ab", "ba")]
+        best = min(evaluate(cut, costs, topology, schedule="1f1b").value for cut in cuts)
+        assert made.value == pytest.approx(best, rel=1e-12)
+
+
 def test_fewer_micro_batches_than_stages_are_refused_under_1f1b():
     apart = Costs(tuple(layer(f"l{i}", {name: (1.0, 1.0)}) for i, name in enumerate("abc")), 2)
     text = refusal(apart, joined(*devices(*"abc")), schedule="1f1b")
@@ -280,3 +295,28 @@ def test_a_memory_that_is_too_small_names_layer_device_and_bytes():
 
 def test_an_unknown_way_to_recompute_is_refused():
     assert "never or allowed" in refusal(chain(2, EQUAL), joined(*devices("a", "b")), recompute="always")
+
+
+# Figures that make no sense
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{"latency_s": -1.0}, {"latency_s": float("nan")}, {"bandwidth": 0.0}, {"bandwidth": float("nan")}],
+    ids=str,
+)
+def test_a_link_without_sense_is_refused(figures):
+    link = Link(**{"source": "a", "target": "b", "latency_s": 0.0, "bandwidth": 1e9} | figures)
+    assert "link 'a' - 'b'" in refusal(chain(3, EQUAL), Topology(devices("a", "b"), (link,)))
+
+
+@pytest.mark.parametrize("idle", [-5.0, float("nan")])
+def test_an_idle_power_without_sense_is_refused(idle):
+    topology = joined(*devices("a", "b", power_w=10.0, idle_power_w=idle))
+    assert "idle_power_w" in refusal(chain(3, EQUAL), topology, objective="energy")
+
+
+def test_sizes_beyond_64_bits_are_refused_or_as_good_as_boundless():
+    assert "layer 'l0'" in refusal(chain(2, EQUAL, saved_bytes=2**62), joined(*devices("a", "b", memory=2**63 - 1)))
+    assert "layer 'l0'" in refusal(chain(2, EQUAL, parameter_bytes=10**19), joined(*devices("a", "b")))
+    assert plan(chain(2, EQUAL), joined(*devices("a", "b", memory=10**20))).proof == "optimal"

@@ -302,6 +302,12 @@ def test_a_faster_placement_outside_the_search_is_noted():
     assert "cpu alone is faster: it gives a device several runs of layers" in made.explain()
 
 
+def test_a_difference_of_rounding_is_no_faster_placement():
+    made = plan(example(quantum=False), machine().only(["cpu", "opencl:0.1"]))
+    equal = Alternative("twin", (("cpu", 0, 5),), made.value * (1 - 1e-14))
+    assert "faster" not in dataclasses.replace(made, alternatives=(equal,)).explain().split("\n\n")[-1]
+
+
 def test_a_faster_placement_that_the_search_did_not_reach_is_not_said_to_be_of_another_kind():
     made = plan(example(quantum=False), machine().only(["cpu", "opencl:0.1"]))
     faster = Alternative("cpu alone", (("cpu", 0, 5),), made.value / 2)
