@@ -43,7 +43,7 @@ class Contraction:
         parents: of each node, the nodes before it.
         nets: of each net, its nodes in ascending order; at least two.
         costs: (H, C) what a device of a class pays for a net that crosses its boundary.
-        counts: (C,) devices of each class.
+        counts: (C,) devices of each class, no more than there are nodes.
         memory: (C,) of each device [B].
         kinds: (C,) index of each class in the workload.
     """
@@ -87,7 +87,7 @@ def contract(workload: Workload) -> Contraction:
         parents=tuple(tuple(sorted(one)) for one in parents),
         nets=tuple(names),
         costs=np.array([nets[name] for name in names], np.float64).reshape(len(names), len(kinds)),
-        counts=tuple(workload.classes[c].count for c in kinds),
+        counts=tuple(min(workload.classes[c].count, n) for c in kinds),
         memory=memory,
         kinds=kinds,
     )

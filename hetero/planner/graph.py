@@ -31,7 +31,8 @@ def plan_workload(
             steady state; `latency`: the time of a single sample, of an inference graph.
         contiguous: the forward operators of each device are an interval of the graph. For throughput the devices can
             be ordered so that no forward edge leads back: their forward operators are the differences of a chain of
-            ideals.
+            ideals, in which edges between backward operators whose colour has no forward one count in reverse. It is of
+            such placements that the bound speaks; intervals that lead to one another in a circle can cost less.
         time_limit_s: after it the best placement known is returned, with a lower bound that holds all the same.
 
     Raises:

@@ -12,8 +12,15 @@ their own ("riders" and loners below), which keeps the lattice of ideals small; 
 Bytes of the first two are ignored here, so that the search is over a relaxation; `graph_latency_read` puts them back
 where they fit, and the result is priced anew. The bound stays true.
 
-Colours that depend on one another in a circle (a -> b -> a', a and a' alike) can't be units: on processors they run
-operator by operator. Such operators are units of their own with a `group`, of which a call holds all or none.
+On processors a colour's operators run one by one. So a colour is a unit only if that makes no difference: if it is in
+no circle of colours (a -> b -> a', a and a' alike), and each of its operators that reads from outside leads to each
+that is read outside. Else a call could hold what runs before the one and after the other, while the colour is on
+processors.
+Operators of other colours are units of their own with a `group`, of which a call holds all or none.
+
+Why the second condition is enough: let U be such a colour, on processors, and no calls and operators wait for one
+another in a circle. Would they with U as one unit, the circle came into U at some e and left it at some x; but the path
+from e to x is one of calls and operators too, and closes the circle without U.
 """
 
 from __future__ import annotations
@@ -104,10 +111,28 @@ def _owners(workload: Workload) -> tuple[dict[int, tuple[bool, int]], list[int]]
     colour, component = colour_components(workload)
     n_colours = Counter(c for c, _ in set(zip(component, colour, strict=True)))
     size = Counter(colour)
-    is_circular = [n_colours[c] > 1 for c in component]
-    owner = {n: (True, n) if circular else (False, colour[n]) for n, circular in enumerate(is_circular)}
-    groups = [c if circular and size[c] > 1 else -1 for c, circular in zip(colour, is_circular, strict=True)]
+    loose = _loose_colours(workload, colour)
+    is_split = [n_colours[k] > 1 or c in loose for c, k in zip(colour, component, strict=True)]
+    owner = {n: (True, n) if split else (False, colour[n]) for n, split in enumerate(is_split)}
+    groups = [c if split and size[c] > 1 else -1 for c, split in zip(colour, is_split, strict=True)]
     return owner, groups
+
+
+def _loose_colours(workload: Workload, colour: list[int]) -> set[int]:
+    """Colours that something enters and leaves without a path from the one operator to the other."""
+    reads, read_by = neighbours(workload)
+    reached = [0] * len(colour)  # bit v: a path leads to operator v
+    for node in reversed(topological(reads)):
+        reached[node] = 1 << node
+        for target in read_by[node]:
+            reached[node] |= reached[target]
+    entered, left = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+    for node, own in enumerate(colour):
+        if any(colour[u] != own for u in reads[node]):
+            entered[own].append(node)
+        if any(colour[v] != own for v in read_by[node]):
+            left[own] |= 1 << node
+    return {own for own, nodes in entered.items() if any(left[own] & ~reached[node] for node in nodes)}
 
 
 def _ordered(

@@ -147,17 +147,23 @@ def _close_in(graph: Hypergraph, best: _Best, deadline: float, workers: int) -> 
     """Improve the best placement from above while the bound, which is returned, rises from below."""
     bound = rate_bound(graph)
     search = _Search(best, deadline)
-    search.run_once(reduced(graph, best.value))  # compiles, and mostly gains much
-    if best.value == 0.0:
-        return 0.0
-    smaller = reduced(graph, best.value)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(search.run_until_stopped, smaller)
-        try:
-            bound = _raise_bound(smaller, best, bound, deadline, workers)
-        finally:
-            search.stop()
-        running.result()
+    timer = threading.Timer(max(0.0, deadline - time.perf_counter()), search.stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        search.run_once(reduced(graph, best.value))  # mostly gains much
+        if best.value == 0.0:
+            return 0.0
+        smaller = reduced(graph, best.value)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(search.run_until_stopped, smaller)
+            try:
+                bound = _raise_bound(smaller, best, bound, deadline, workers)
+            finally:
+                search.stop()
+            running.result()
+    finally:
+        timer.cancel()
     return bound
 
 

@@ -48,14 +48,13 @@ def improve(
         (n,) a partition, None where none was found; and the bound.
     """
     model = cp_model.CpModel()
-    runs = _assignment(model, graph, np.where(graph.times <= value, graph.allowed, False))
+    possible = graph.allowed & (graph.times <= value)
+    runs = _assignment(model, graph, possible)
     scale = _STEPS / value
     largest = model.new_int_var(math.floor(min(lower_bound, value) * scale), math.ceil(value * scale), "largest")
     for d, kind in enumerate(graph.class_of.tolist()):
         terms = [
-            math.floor(graph.times[i, kind] * scale) * runs[i, d]
-            for i in range(len(graph))
-            if np.isfinite(graph.times[i, kind])
+            math.floor(graph.times[i, kind] * scale) * runs[i, d] for i in np.flatnonzero(possible[:, kind]).tolist()
         ]
         for pins, cost in graph.nets:
             if cost[kind] > 0:

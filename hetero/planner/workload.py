@@ -28,6 +28,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 ACCELERATOR, CPU = "acc", "cpu"
+_MOST_DEVICES = 1_000_000  # of a class: each gets a name
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,10 @@ class Workload:
                 [_figure(node, "size", name, default=0.0) for node, name in zip(nodes, names, strict=True)]
             ),
             edges=pairs,
-            is_backward=np.array([bool(node.get("isBackwardNode", False)) for node in nodes], bool),
+            is_backward=np.array(
+                [_flag(node, "isBackwardNode", name, default=False) for node, name in zip(nodes, names, strict=True)],
+                bool,
+            ),
             colours=np.array(
                 [
                     colours[str(node["colorClass"])] if node.get("colorClass") is not None else len(colours) + k
@@ -237,9 +241,19 @@ def _count(data: Mapping[str, Any], key: str) -> int:
     value = _figure(data, key, "the workload")
     if value != int(value):
         raise PlacementError(f"the workload: {key} is {value}", expected="a whole number")
+    if value > _MOST_DEVICES:
+        raise PlacementError(f"the workload: {key} is {value:.0f}", expected=f"at most {_MOST_DEVICES}")
     return int(value)
+
+
+def _flag(data: Mapping[str, Any], key: str, where: str, *, default: bool | None = None) -> bool:
+    value = data.get(key) if default is not None else _field(data, key, where)
+    value = default if value is None else value
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise PlacementError(f"{where}: {key} is {value!r}", expected="true, false, 1 or 0")
+    return bool(value)
 
 
 def _time(node: Mapping[str, Any], where: str) -> float:
     """On an accelerator; infinite where it isn't supported."""
-    return _figure(node, "fpgaLatency", where) if _field(node, "supportedOnFpga", where) else math.inf
+    return _figure(node, "fpgaLatency", where) if _flag(node, "supportedOnFpga", where) else math.inf

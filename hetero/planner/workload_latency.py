@@ -44,11 +44,23 @@ def latency(workload: Workload, devices: Sequence[int], *, contiguous: bool) -> 
     check_inference(workload)
     check(workload, _pooled(workload, devices), contiguous=False)
     calls = _calls(workload, devices, contiguous=contiguous)
+    members: dict[tuple[int, int], set[int]] = {call: set() for call in calls}
+    for node, call in enumerate(calls):
+        members[call].add(node)
+    sources, targets = (dict[int, list[int]]() for _ in range(2))
+    for source, target in workload.edges.tolist():
+        sources.setdefault(target, []).append(source)
+        targets.setdefault(source, []).append(target)
     ready: dict[int, float] = {}
     for call in _in_order(workload, devices, calls):
-        members = [node for node in range(len(calls)) if calls[node] == call]
-        finish = _finish(workload, devices, members, ready)
-        ready.update(dict.fromkeys(members, finish))
+        own = members[call]
+        read = {source for node in own for source in sources.get(node, ()) if source not in own}
+        sent = {node for node in own if not own.issuperset(targets.get(node, ()))}
+        kind = int(_is_cpu(workload, devices[min(own)]))
+        start = max((ready[node] for node in read), default=0.0)
+        work = sum(float(workload.times[node, kind]) for node in own)
+        moved = sum(float(workload.transfers[node, kind]) for node in read | sent)
+        ready.update(dict.fromkeys(own, start + moved + work))
     return max(ready.values())
 
 
@@ -70,7 +82,7 @@ def check_inference(workload: Workload) -> None:
 
 
 def _is_cpu(workload: Workload, device: int) -> bool:
-    return workload.class_of[device] == 1
+    return device >= workload.classes[0].count
 
 
 def _pooled(workload: Workload, devices: Sequence[int]) -> list[int]:
@@ -130,15 +142,3 @@ def _in_order(workload: Workload, devices: Sequence[int], calls: list[tuple[int,
         raise PlacementError(
             "the calls wait for one another in a circle", found=" -> ".join(names), expected="an acyclic order"
         ) from None
-
-
-def _finish(workload: Workload, devices: Sequence[int], members: list[int], ready: dict[int, float]) -> float:
-    """When a call is over: see the module's docstring."""
-    own = set(members)
-    read = {source for source, target in workload.edges.tolist() if target in own and source not in own}
-    sent = {source for source, target in workload.edges.tolist() if source in own and target not in own}
-    kind = workload.class_of[devices[members[0]]]
-    start = max((ready[node] for node in read), default=0.0)
-    work = sum(float(workload.times[node, kind]) for node in members)
-    moved = sum(float(workload.transfers[node, kind]) for node in read | sent)
-    return start + moved + work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -176,6 +177,14 @@ def _chains(n_chains: int, length: int, *, seed: int = 0) -> hetero.Workload:
         colours=np.arange(n),
         classes=(hetero.DeviceClass("acc", 2), hetero.DeviceClass("cpu", 1)),
     )
+
+
+def test_devices_beyond_the_number_of_operators_cost_no_time() -> None:
+    many = tuple(hetero.DeviceClass(name, 50_000) for name in ("acc", "cpu"))
+    workload = dataclasses.replace(_chains(2, 2), classes=many)
+    few = dataclasses.replace(workload, classes=tuple(hetero.DeviceClass(kind.name, 4) for kind in many))
+    assert contract(workload).counts == (4, 4)
+    assert hetero.plan_workload(workload).value == hetero.plan_workload(few).value
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -152,6 +152,24 @@ def test_large_lattices_leave_one_order_and_the_longest_path(monkeypatch: pytest
         assert found.value >= best * (1 - 1e-12)
 
 
+def test_call_may_enclose_a_colour_that_runs_on_processors() -> None:
+    """a -> d, b; c -> d, b with c and d of one colour: c runs before the call {a, b} and d after it."""
+    workload = Workload(
+        ids=("a", "b", "c", "d"),
+        times=np.array([[2.0, 3.0], [1.0, 2.0], [3.0, 0.0], [1.0, 0.0]]),
+        transfers=np.array([[0.6, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+        nbytes=np.array([3.0, 0.0, 0.0, 2.0]),
+        edges=np.array([[0, 1], [0, 3], [2, 3], [2, 1]]),
+        is_backward=np.zeros(4, bool),
+        colours=np.array([0, 1, 2, 2]),
+        classes=(DeviceClass("acc", 1, 4.0), DeviceClass("cpu", 1)),
+    )
+    found = solve(workload, contiguous=True, time_limit_s=60)
+    assert exhaustive(workload) == pytest.approx(3.6)
+    assert found.value == pytest.approx(3.6)
+    assert found.proof == "optimal"
+
+
 def test_permuted_and_scaled_workloads_have_the_same_answer() -> None:
     for seed in range(200, 220):
         workload = random_workload(seed)

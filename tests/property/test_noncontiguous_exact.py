@@ -254,6 +254,26 @@ def test_memory_that_only_one_packing_fits_is_found() -> None:
     assert placement.value == pytest.approx(brute_force(workload), rel=CLOSED)
 
 
+def test_the_first_run_of_annealing_ends_with_the_time_limit() -> None:
+    n = 3000
+    workload = chain([1.0 + k % 7 for k in range(n)], nbytes=[1.0] * n, counts=(8, 1), memory=1000.0)
+    devices = tuple(k * 8 // n for k in range(n))
+    start = Placement(devices, max_load(workload, devices, contiguous=False), 0.0, "heuristic", "by hand", 0.0)
+    placement = noncontiguous.solve(workload, time_limit_s=1.0, start=start, workers=1)
+    assert placement.seconds < 15.0  # of many times as much without the limit
+    assert placement.lower_bound <= placement.value <= start.value
+
+
+def test_times_far_above_the_best_value_are_no_coefficients_of_the_model() -> None:
+    workload = chain([1.0, 1.0, 1.0], nbytes=[1.0] * 3, counts=(2, 1), memory=50.0)
+    times = np.array([[2e-12, 9e12], [3e-12, 8.0], [3e-12, 2e-12]])
+    workload = Workload(**{**vars(workload), "times": times, "transfers": workload.transfers * 1e-12})
+    value = max_load(workload, (0, 1, 1), contiguous=False)
+    graph = from_workload(workload)
+    _, bound = noncontiguous_exact.improve(graph, np.array([0, 1, 1]), value, 0.0, cuts=[], seconds=20.0, workers=1)
+    assert bound <= brute_force(workload) * (1 + SUMS)
+
+
 def test_scaling_all_costs_scales_value_and_bound() -> None:
     _, workload = small_workloads(range(3, 40))[3]
     for factor in (1e-9, 1e12):

@@ -90,6 +90,10 @@ WRONG = {
     "loop": (_set("edges.3.destId", "c"), "the graph has a cycle"),
     "half a device": (_set("maxFPGAs", 1.5), "maxFPGAs is 1.5"),
     "fewer than no devices": (_set("maxCPUs", -1), "maxCPUs is -1"),
+    "more devices than can be": (_set("maxCPUs", 10**9), "maxCPUs is 1000000000"),
+    "support a text": (_set("nodes.0.supportedOnFpga", "0"), "node 'a': supportedOnFpga is '0'"),
+    "backward a text": (_set("nodes.0.isBackwardNode", "false"), "node 'a': isBackwardNode is 'false'"),
+    "backward two": (_set("nodes.0.isBackwardNode", 2), "node 'a': isBackwardNode is 2"),
     "no device at all": (lambda data: data.update(maxFPGAs=0, maxCPUs=0), "operator 'a' can run on no device"),
     "memory missing": (_drop("maxSizePerFPGA"), "the workload has no maxSizePerFPGA"),
 }
